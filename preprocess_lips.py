@@ -1,0 +1,599 @@
+"""Photos to mouth crops: find the largest face, its 68 landmarks, and cut out the mouth.
+
+    python preprocess_lips.py                        data/raw/<class>/* to data/lips/<class>/*.jpg
+    python preprocess_lips.py photos crops           the same for other folders
+
+Every file in a class folder, at any depth, is tried as an image, whatever its name says. Crops are
+128 x 128 JPEGs named after their photo's content; manifest.csv says for every photo what became of it,
+preview.jpg shows crops of each class. A second run does only what is new.
+
+In other code:
+
+    from preprocess_lips import LipCropper, read_photo
+    for face in LipCropper()(read_photo("photo.jpg")):
+        print(face.mouth, face.crop.shape)
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import secrets
+import signal
+import stat
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import dlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+CROP_SIDE = 128  # pixels
+CROP_MARGIN = 1.5  # side of the crop over the side of the landmarks' bounding square
+MIN_SIDE = 32  # photos with a shorter side hold no usable mouth
+MIN_MOUTH = 12  # pixels, the least side of a mouth box that is worth enlarging to a crop
+MAX_SIDE_RATIO = 10
+FACE_SIDE = 120  # landmarks are looked for at this size of the face, whatever the photo's
+SURE_VOTES = 12  # cascade detections with fewer overlapping windows must pass the HOG check
+HOG_SCORE = -0.35  # least score of a face in that check
+
+COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns")
+STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
+MANIFEST = "manifest.csv"
+JOURNAL = "manifest.csv.part"
+
+
+class Face(NamedTuple):
+    """One face of a photo. Boxes are (left, top, right, bottom) in pixels of the photo."""
+
+    box: tuple  # the face, four ints
+    landmarks: np.ndarray  # float, 68 x 2, (x, y)
+    mouth: tuple  # the square that was cut out, four ints; may reach beyond the photo
+    crop: np.ndarray  # uint8, 128 x 128 x 3, RGB
+    detector: str  # what found it
+
+
+def read_photo(source):
+    """Decode any image that Pillow knows to 8-bit RGB, upright.
+
+    EXIF orientation is applied; the first frame of animations is taken; grey, palette, CMYK, 16-bit and
+    floating-point images are converted, and what is transparent becomes white.
+
+    Parameters
+    ----------
+    source : path-like or bytes
+        A file or its content.
+
+    Returns
+    -------
+    uint8 array of shape (H, W, 3)
+
+    Raises
+    ------
+    OSError
+        The file cannot be read, is no image, is damaged or cut short, or holds over 179 million pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except OSError:
+        raise
+    except Exception as error:  # decoders raise almost anything on hostile files
+        raise OSError(f"not a readable image ({error})") from None
+    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow would clip, not scale
+        grey = np.asarray(image, dtype=np.float64)
+        if image.mode == "F":
+            low, high = (grey.min(), grey.max()) if grey.size else (0, 1)
+            grey = (grey - low) * (255 / max(high - low, 1e-9))
+        else:
+            grey = grey / (257 if grey.max() > 255 else 1)
+        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, 2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def cut(image, box, size):
+    """Cut a box out of an image and scale it; where the box leaves the image the border is replicated.
+
+    Parameters
+    ----------
+    image : uint8 array of shape (H, W) or (H, W, 3)
+    box : four ints (left, top, right, bottom), at least one pixel wide and high
+    size : int
+        Side of the square result in pixels.
+
+    Returns
+    -------
+    uint8 array of shape (size, size) or (size, size, 3)
+    """
+    height, width = image.shape[:2]
+    left, top, right, bottom = box
+    # at least one row and column of the image, so that there is a border to replicate
+    x0, x1 = min(max(left, 0), width - 1), max(min(right, width), 1)
+    y0, y1 = min(max(top, 0), height - 1), max(min(bottom, height), 1)
+    inside = image[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)]
+    side, shift_x, shift_y = right - left, x0 - left, y0 - top
+    if side > size:  # shrink before padding: a border of thousands of pixels need never exist
+        scale = size / side
+        inside = _scaled(inside, scale)
+        side, shift_x, shift_y = size, round(shift_x * scale), round(shift_y * scale)
+    before_x, before_y = max(0, shift_x), max(0, shift_y)
+    after_x, after_y = max(0, side - before_x - inside.shape[1]), max(0, side - before_y - inside.shape[0])
+    padded = cv2.copyMakeBorder(inside, before_y, after_y, before_x, after_x, cv2.BORDER_REPLICATE)[:side, :side]
+    return padded if side == size else cv2.resize(padded, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def mouth_box(landmarks):
+    """The square around a mouth: landmarks 48 to 67, their bounding square's side x 1.5, same centre.
+
+    Parameters
+    ----------
+    landmarks : float array of shape (68, 2), (x, y) in pixels
+
+    Returns
+    -------
+    tuple of four ints (left, top, right, bottom)
+    """
+    low, high = landmarks[48:68].min(0), landmarks[48:68].max(0)
+    side = max(1, round(float((high - low).max()) * CROP_MARGIN))
+    left, top = np.round((low + high) / 2 - side / 2).astype(int).tolist()
+    return left, top, left + side, top + side
+
+
+def landmark_file():
+    """Path of dlib's shape_predictor_68_face_landmarks.dat inside the package face_recognition_models."""
+    # find_spec does not run the package, which would need pkg_resources
+    spec = importlib.util.find_spec("face_recognition_models")
+    folders = spec.submodule_search_locations if spec else []
+    for folder in folders:
+        path = Path(folder) / "models" / "shape_predictor_68_face_landmarks.dat"
+        if path.is_file():
+            return path
+    raise FileNotFoundError("the landmark file is missing; 'pip install face_recognition_models' brings it")
+
+
+class LipCropper:
+    """Finds faces and cuts out their mouths.
+
+    Loading takes about half a second (a landmark file of 100 MB), so make one and call it often; threads may share it.
+
+    Parameters
+    ----------
+    predictor : path-like, optional
+        A dlib shape predictor of 68 landmarks. Default: `landmark_file`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no landmark file.
+    """
+
+    def __init__(self, predictor=None):
+        cv2.setNumThreads(1)  # the caller's workers use the cores; OpenCV's own threads fight them
+        self._local = threading.local()  # the cascades and HOG keep state while they search: one each a thread
+        # dlib opens paths in the system's code page on Windows; a path that it cannot say is no reason to fail
+        self._predictor = dlib.shape_predictor(str(predictor or landmark_file()))
+
+    # (cascade, side the image is scaled to, border, step between sizes, least votes, smallest and largest
+    # face), lengths as shares of the image's longer side. A cascade's time is set by its smallest face, so
+    # faces are looked for one range of sizes after another, each in an image just large enough for it.
+    LARGE = (("default", 80, 0.4, 1.1, 3, 0.40, 1.5), ("alt2", 80, 0.4, 1.1, 2, 0.40, 1.5))
+    SMALLER = (("default", 200, 0.2, 1.1, 3, 0.15, 0.45), ("default", 500, 0.05, 1.1, 4, 0.06, 0.18))
+    FINE = (("default", 120, 0.4, 1.04, 2, 0.30, 1.5),)
+    TURNS = (-25, 25)  # degrees
+
+    def __call__(self, photo, largest=False):
+        """Find the faces of a photo.
+
+        Parameters
+        ----------
+        photo : uint8 array of shape (H, W, 3), RGB
+        largest : bool
+            Return at most one face, the largest, and stop looking once it is found.
+
+        Returns
+        -------
+        list of Face, largest first
+        """
+        grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+        faces = []
+        for detector, box in self._candidates(grey, largest):
+            if any(_overlap(box, other.box) > 0.3 for other in faces):
+                continue
+            landmarks = self._landmarks(grey, box)
+            if landmarks is not None:
+                mouth = mouth_box(landmarks)
+                box = tuple(round(v) for v in box)
+                faces.append(Face(box, landmarks, mouth, cut(photo, mouth, CROP_SIDE), detector))
+                if largest:
+                    break
+        return sorted(faces, key=lambda face: face.box[0] - face.box[2])
+
+    def _candidates(self, grey, largest):
+        """Boxes that may be faces, as (detector, box); the likely ones first."""
+        found = False
+        for search in (*self.LARGE[:1], *self.SMALLER) if not largest else (*self.LARGE, *self.SMALLER):
+            for box in self._search(grey, *search):
+                found = True
+                yield search[0], box
+        if not found:
+            for search in (*self.LARGE[1:], *self.FINE):
+                for box in self._search(grey, *search):
+                    yield search[0], box
+
+    def _detectors(self):
+        if not hasattr(self._local, "detectors"):
+            self._local.detectors = {"hog": dlib.get_frontal_face_detector()}
+        return self._local.detectors
+
+    def _search(self, grey, name, side, border, step, votes, smallest, biggest):
+        """Boxes found by one cascade in one range of sizes, largest first, doubtful ones checked by HOG."""
+        detectors = self._detectors()
+        if name not in detectors:
+            detectors[name] = cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml")
+        scale = side / max(grey.shape)
+        small = _scaled(grey, scale)
+        pad = round(border * side)
+        small = cv2.copyMakeBorder(small, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+        low, high = round(smallest * side), round(biggest * side)
+        boxes, counts = detectors[name].detectMultiScale2(small, step, votes, minSize=(low, low), maxSize=(high, high))
+        order = sorted(range(len(boxes)), key=lambda i: -boxes[i][2])
+        for i in order:
+            x, y, width, height = ((float(v) for v in boxes[i]))
+            box = ((x - pad) / scale, (y - pad) / scale, (x + width - pad) / scale, (y + height - pad) / scale)
+            if counts[i] >= SURE_VOTES or self._looks_like_a_face(grey, box):
+                yield box
+
+    def _patch(self, grey, box):
+        """The face at `FACE_SIDE` in the middle of a patch twice as wide, and the patch's box."""
+        x0, y0, x1, y1 = box
+        side = max(2, round(2 * (x1 - x0)))
+        left, top = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2)
+        patch_box = (left, top, left + side, top + side)
+        return cut(grey, patch_box, 2 * FACE_SIDE), patch_box
+
+    def _looks_like_a_face(self, grey, box):
+        patch, _ = self._patch(grey, box)
+        boxes, scores, _ = self._detectors()["hog"].run(patch, 0, HOG_SCORE)
+        return any(
+            abs(b.center().x - FACE_SIDE) < FACE_SIDE / 3
+            and abs(b.center().y - FACE_SIDE) < FACE_SIDE / 3
+            and FACE_SIDE / 2 < b.width() < FACE_SIDE * 1.5
+            for b in boxes
+        )
+
+    def _landmarks(self, grey, box):
+        """68 landmarks in pixels of the photo, or None where they make no face."""
+        patch, (left, top, right, _) = self._patch(grey, box)
+        half = FACE_SIDE // 2
+        shape = self._predictor(patch, dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE))
+        points = np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
+        return points * ((right - left) / (2 * FACE_SIDE)) + (left, top)
+
+
+def _scaled(image, scale):
+    height, width = image.shape[:2]
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def _overlap(a, b):
+    """Intersection over the smaller of two boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+    return max(0, width) * max(0, height) / smaller
+
+
+def write_file(path, data):
+    """Write bytes under a temporary name and rename: readers find the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def crop_name(label, sha1):
+    return f"{label}_{sha1[:12]}.jpg"
+
+
+def process_photo(cropper, photos, crops, source, label):
+    """Crop the mouth of the largest face in ``photos/source`` into ``crops/label``.
+
+    Returns
+    -------
+    dict
+        The photo's row of the manifest, with `COLUMNS` as keys.
+    """
+    row = dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
+    path = photos / source
+    try:
+        about = path.stat()
+        row |= {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+        if not stat.S_ISREG(about.st_mode):
+            return row
+        data = path.read_bytes()
+        row["sha1"] = hashlib.sha1(data).hexdigest()
+        photo = read_photo(data)
+    except OSError:
+        return row
+    height, width = photo.shape[:2]
+    if max(height, width) > MAX_SIDE_RATIO * min(height, width):
+        return row | {"status": "side_ratio"}
+    if min(height, width) < MIN_SIDE:
+        return row | {"status": "too_small"}
+    faces = cropper(photo, largest=True)
+    if not faces:
+        return row | {"status": "no_face"}
+    face = faces[0]
+    row |= {"face": _box_text(face.box), "mouth": _box_text(face.mouth), "detector": face.detector}
+    if face.mouth[2] - face.mouth[0] < MIN_MOUTH:
+        return row | {"status": "too_small"}
+    row |= {"status": "ok", "crop": crop_name(label, row["sha1"])}
+    _, jpeg = cv2.imencode(".jpg", face.crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    write_file(crops / label / row["crop"], jpeg.tobytes())
+    return row
+
+
+def _box_text(box):
+    return " ".join(map(str, box))
+
+
+def _start_worker():
+    global _cropper
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _cropper = LipCropper()
+
+
+def _work(task):
+    return process_photo(_cropper, *task)
+
+
+def run_parallel(tasks, workers, ahead=8):
+    """Yield the manifest row of every task, in the order in which they finish.
+
+    A photo whose worker process dies costs itself only: the others that were under way are tried
+    again one at a time, which finds the culprit.
+    """
+    tasks, running = list(reversed(tasks)), {}
+    while tasks or running:
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+        try:
+            while tasks or running:
+                while tasks and len(running) < ahead * workers:
+                    task = tasks.pop()
+                    running[pool.submit(_work, task)] = task
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    row = future.result()
+                    del running[future]
+                    yield row
+        except BrokenProcessPool:
+            suspects = list(running.values())
+            running = {}
+            if len(suspects) == 1:
+                *_, source, label = suspects[0]
+                yield dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
+            else:
+                for suspect in suspects:
+                    yield from run_parallel([suspect], 1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def list_photos(photos):
+    """All files in the class folders below `photos`: sorted pairs (source relative to `photos`, class)."""
+    found = []
+    for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        for place, folders, files in os.walk(folder):
+            folders.sort()
+            found += [((Path(place) / name).relative_to(photos).as_posix(), folder.name) for name in files]
+    return sorted(found)
+
+
+def read_csv(path):
+    """The rows of a CSV file as dicts; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path, columns, rows):
+    """Write dicts with `columns` as keys, whole or not at all; names that are not UTF-8 keep their bytes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def _read_journal(path):
+    rows = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a kill is a photo to do again
+                rows.append(json.loads(line))
+    return rows
+
+
+def _reusable(row, photos, crops):
+    """Whether a row of an earlier run still holds: same photo, and its crop is there."""
+    try:
+        about = (photos / row["source"]).stat()
+    except OSError:
+        return False
+    if (str(about.st_size), str(about.st_mtime_ns)) != (str(row["bytes"]), str(row["mtime_ns"])):
+        return False
+    return not row["crop"] or (crops / row["class"] / row["crop"]).is_file()
+
+
+def settle(rows):
+    """Turn the rows of photos looked at one by one into final ones: exact copies meet here.
+
+    Of photos with the same content in one class the first stays `ok` and the others become `duplicate`;
+    the same content in two classes is a `conflict` and belongs to neither.
+    """
+    classes, first, settled = {}, {}, []
+    for row in sorted(rows, key=lambda row: row["source"]):
+        if row["crop"]:
+            classes.setdefault(row["sha1"], set()).add(row["class"])
+        settled.append(row)
+    for i, row in enumerate(settled):
+        if row["crop"]:
+            if len(classes[row["sha1"]]) > 1:
+                status = "conflict"
+            else:
+                status = "ok" if first.setdefault(row["sha1"], row["source"]) == row["source"] else "duplicate"
+            settled[i] = row | {"status": status}
+    return settled
+
+
+def label_font(text, size):
+    """A font that has the letters of `text`, and the text to draw with it.
+
+    Pillow's own font knows Latin letters only. For others the fonts that systems usually have are tried;
+    without any of them the letters that cannot be drawn become question marks.
+    """
+    fonts = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc",
+             "Hiragino Sans GB.ttc", "DroidSansFallbackFull.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf")
+    font = ImageFont.load_default(size)
+    if text.isascii():
+        return font, text
+    for name in fonts:
+        with contextlib.suppress(OSError):
+            other = ImageFont.truetype(name, size)
+            missing = bytes(other.getmask("\U0010fffe"))
+            if all(bytes(other.getmask(letter)) != missing for letter in text):
+                return other, text
+    return font, text.encode("latin-1", "replace").decode("latin-1")
+
+
+def contact_sheet(crops, rows, columns=14, side=90):
+    """Crops of each class, evenly spread over the class, in one picture: two rows of images a class."""
+    by_class = {}
+    for row in rows:
+        if row["status"] == "ok":
+            by_class.setdefault(row["class"], []).append(row["crop"])
+    band = 2 * side + 30
+    sheet = Image.new("RGB", (columns * side, band * len(by_class)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, names) in enumerate(sorted(by_class.items())):
+        font, text = label_font(f"{label}  ({len(names)})", 18)
+        draw.text((6, i * band + 4), text, fill="black", font=font)
+        shown = [names[k * len(names) // min(len(names), 2 * columns)] for k in range(min(len(names), 2 * columns))]
+        for k, name in enumerate(shown):
+            with Image.open(crops / label / name) as crop:
+                sheet.paste(crop.resize((side, side)), (k % columns * side, i * band + 28 + k // columns * side))
+    return sheet
+
+
+def table(rows, total=True):
+    """Lines of text: how many photos of each class have each status."""
+    counts = Counter((row["class"], row["status"]) for row in rows)
+    statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
+    classes = sorted({label for label, _ in counts})
+    width = max(map(len, ("class", "total", *classes))) + 2
+    lines = ["class".ljust(width) + "photos".rjust(8) + "".join(s.rjust(len(s) + 3) for s in statuses)]
+    for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
+        cells = [sum(counts[label, status] for label in labels) for status in statuses]
+        everything = sum(counts[label, status] for label in labels for status in STATUSES)
+        lines.append(name.ljust(width) + f"{everything:8}" + "".join(f"{c:{len(s) + 3}}" for c, s in zip(cells, statuses)))
+    return lines
+
+
+def preprocess(photos, crops, workers):
+    """Bring `crops` up to date with `photos`; what earlier runs did, finished or not, is kept.
+
+    Parameters
+    ----------
+    photos, crops : Path
+    workers : int
+        Number of processes.
+
+    Returns
+    -------
+    (rows, new) : list of dict, int
+        The manifest, and how many photos were looked at in this run.
+    """
+    sources = dict(list_photos(photos))
+    if not sources:
+        raise FileNotFoundError(f"{photos}: no photos in class folders; put them in {photos}/<class>/, one folder a class")
+    manifest, journal = crops / MANIFEST, crops / JOURNAL
+    before = read_csv(manifest)
+    rows = {row["source"]: row for row in (*before, *_read_journal(journal)) if _reusable(row, photos, crops)}
+    rows = {source: row for source, row in rows.items() if sources.get(source) == row["class"]}
+    tasks = [(photos, crops, source, label) for source, label in sources.items() if source not in rows]
+    write_file(journal, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
+    with open(journal, "a", encoding="utf-8") as log, tqdm(total=len(tasks), unit="photo", disable=None if tasks else True) as bar:
+        for row in run_parallel(tasks, workers):
+            rows[row["source"]] = row
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.update()
+    final = settle(rows.values())
+    keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
+    for row in (*before, *final):
+        if row["crop"] and (row["class"], row["crop"]) not in keep:
+            (crops / row["class"] / row["crop"]).unlink(missing_ok=True)
+    write_csv(manifest, COLUMNS, final)
+    journal.unlink()
+    return final, len(tasks)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="?", type=Path, default=Path("data/raw"),
+                        help="folder with one folder of photos a class (default: %(default)s)")
+    parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
+                        help="where the crops go, in the same class folders (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=cores(), metavar="N",
+                        help="processes (default: one a core, here %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        if not args.photos.is_dir():
+            raise FileNotFoundError(f"{args.photos}: no such folder; put photos in {args.photos}/<class>/ or name another")
+        landmark_file()
+        start = time.perf_counter()
+        rows, new = preprocess(args.photos, args.crops, max(1, args.workers))
+        seconds = time.perf_counter() - start
+        print(*table(rows), sep="\n")
+        print(f"{new} new photos in {seconds:.1f} s, {len(rows) - new} known from before")
+        if not any(row["status"] == "ok" for row in rows):
+            raise ValueError(f"{args.photos}: not one photo gave a mouth; {args.crops / MANIFEST} says why")
+        sheet = io.BytesIO()
+        contact_sheet(args.crops, rows).save(sheet, "JPEG", quality=88)
+        write_file(args.crops / "preview.jpg", sheet.getvalue())
+        print(f"crops in {args.crops}/<class>/, every photo's fate in {args.crops / MANIFEST}, "
+              f"a look at them in {args.crops / 'preview.jpg'}")
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted: what is done is kept; the same command goes on from there")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def cores():
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+if __name__ == "__main__":
+    main()

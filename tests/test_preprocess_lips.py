@@ -1,0 +1,233 @@
+import csv
+import io
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import SHARED, shared
+from preprocess_lips import COLUMNS, cut, main, mouth_box, read_csv, read_photo, settle
+
+
+def rows_of(crops):
+    return {row["source"]: row for row in read_csv(crops / "manifest.csv")}
+
+
+# --- reading photos
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "1", "YCbCr"])
+def test_every_mode_becomes_rgb_of_the_same_look(tmp_path, orl, mode):
+    face = Image.fromarray(orl["s05_1"]).convert("RGB").convert(mode)
+    name = {"CMYK": "x.jpg", "YCbCr": "x.jpg"}.get(mode, "x.png")
+    face.save(tmp_path / name)
+    photo = read_photo(tmp_path / name)
+    assert photo.dtype == np.uint8 and photo.shape == (112, 92, 3)
+    assert abs(photo.astype(int) - np.asarray(face.convert("RGB"))).mean() < 3
+
+
+def test_16_bit_images_are_scaled_not_clipped(tmp_path, orl):
+    deep = orl["s05_1"].astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.array_equal(read_photo(tmp_path / "deep.png")[..., 0], orl["s05_1"])
+
+
+def test_what_is_transparent_becomes_white():
+    file = io.BytesIO()
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(file, "PNG")
+    assert (read_photo(file.getvalue()) == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_honoured(tmp_path, orl, orientation):
+    upright = Image.fromarray(orl["s05_1"])
+    undo = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+            6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}.get(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (upright if undo is None else upright.transpose(undo)).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(read_photo(tmp_path / "x.png")[..., 1], orl["s05_1"])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM"])
+def test_formats_are_known_by_content_not_by_name(tmp_path, orl, format):
+    Image.fromarray(orl["s05_1"]).save(tmp_path / "x", format)
+    (tmp_path / "x").rename(tmp_path / "photo.txt")
+    assert read_photo(tmp_path / "photo.txt").shape == (112, 92, 3)
+
+
+# --- cutting
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(-90, 90), st.integers(-90, 90), st.integers(1, 160), st.integers(1, 60), st.integers(1, 60), st.sampled_from([32, 128]))
+def test_cut_gives_its_size_and_only_levels_of_the_image(left, top, side, width, height, size):
+    image = np.random.default_rng(side).integers(80, 120, (height, width, 3), dtype=np.uint8)
+    out = cut(image, (left, top, left + side, top + side), size)
+    assert out.shape == (size, size, 3) and out.dtype == np.uint8
+    if side >= size:  # no overshoot when shrinking; where the box is outside, the border's levels
+        assert out.min() >= 80 and out.max() < 120
+
+
+def test_a_box_inside_the_photo_is_cut_as_it_is():
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    assert np.array_equal(cut(image, (50, 40, 178, 168), 128), image[40:168, 50:178])
+
+
+def test_a_box_beyond_the_edge_replicates_the_border_and_keeps_its_centre():
+    image = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    expected = cv2.copyMakeBorder(image, 0, 64, 0, 64, cv2.BORDER_REPLICATE)[36:164, 36:164]
+    assert np.array_equal(cut(image, (36, 36, 164, 164), 128), expected)
+
+
+def test_mouth_box_is_the_square_of_landmarks_48_to_67_times_one_and_a_half():
+    landmarks = np.zeros((68, 2))
+    landmarks[48:67] = (100, 200)
+    landmarks[48], landmarks[67] = (80, 200), (120, 210)  # the last one counts
+    assert mouth_box(landmarks) == (70, 175, 130, 235)
+
+
+# --- finding faces
+
+
+def test_all_sample_faces_are_found_and_mouths_lie_in_the_lower_half(orl, cropper):
+    missed = []
+    for name, face in orl.items():
+        found = cropper(np.repeat(face[..., None], 3, 2), largest=True)
+        if not found:
+            missed.append(name)
+            continue
+        left, top, right, bottom = found[0].mouth
+        assert 0.45 * 112 < (top + bottom) / 2 < 112, name
+        assert found[0].crop.shape == (128, 128, 3)
+    assert len(missed) <= 5, missed
+
+
+def test_several_faces_come_largest_first_and_each_once(orl, cropper):
+    canvas = np.full((500, 700, 3), 128, np.uint8)
+    for name, size, x, y in (("s05_1", 3, 20, 60), ("s01_1", 2, 330, 100), ("s09_3", 1, 560, 150)):
+        face = cv2.resize(orl[name], None, fx=size, fy=size)
+        canvas[y:y + face.shape[0], x:x + face.shape[1]] = face[..., None]
+    faces = cropper(canvas)
+    centres = [(face.box[0] + face.box[2]) / 2 for face in faces]
+    assert [20 < centres[0] < 296, 330 < centres[1] < 514, 560 < centres[2] < 652] == [True] * 3 and len(faces) == 3
+    widths = [face.box[2] - face.box[0] for face in faces]
+    assert widths == sorted(widths, reverse=True)
+    assert len(cropper(canvas, largest=True)) == 1
+
+
+@shared("photos")
+def test_most_tight_photos_of_other_people_are_found(cropper):
+    files = sorted((SHARED / "photos").glob("*/*.jpg"))[::15]
+    found = sum(bool(cropper(read_photo(file), largest=True)) for file in files)
+    assert found >= 0.98 * len(files)
+
+
+# --- the script
+
+
+def test_every_file_has_a_row_and_every_crop_its_name(photos, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (photos / "0none" / "notes.jpg").write_text("<html>not a photo</html>")
+    (photos / "0none" / "empty.png").write_bytes(b"")
+    jpeg = io.BytesIO()
+    Image.open(photos / "2smile" / "s05_1.png").convert("RGB").save(jpeg, "JPEG")
+    (photos / "2smile" / "cut short.jpg").write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
+    Image.new("RGB", (400, 30)).save(photos / "0none" / "banner.png")
+    Image.new("RGB", (30, 30)).save(photos / "0none" / "icon.png")
+    Image.new("RGB", (300, 300), "green").save(photos / "2smile" / "meadow.webp")
+    shutil.copy(photos / "2smile" / "s05_2.png", photos / "2smile" / "zz copy.gif")  # same bytes, same class
+    shutil.copy(photos / "2smile" / "s05_3.png", photos / "0none" / "elsewhere.png")  # same bytes, other class
+    (photos / "0none" / "more").mkdir()
+    shutil.move(photos / "0none" / "s01_1.png", photos / "0none" / "more" / "Google_0001.jpeg")
+    main([])
+    rows = rows_of(tmp_path / "data" / "lips")
+    files = [p.relative_to(photos).as_posix() for p in photos.rglob("*") if p.is_file()]
+    assert sorted(rows) == sorted(files)
+    status = {source: row["status"] for source, row in rows.items()}
+    assert {s: status[s] for s in status if status[s] != "ok"} == {
+        "0none/notes.jpg": "unreadable", "0none/empty.png": "unreadable", "2smile/cut short.jpg": "unreadable",
+        "0none/banner.png": "side_ratio", "0none/icon.png": "too_small", "2smile/meadow.webp": "no_face",
+        "2smile/zz copy.gif": "duplicate", "2smile/s05_3.png": "conflict", "0none/elsewhere.png": "conflict"}
+    crops = {p.relative_to(tmp_path / "data" / "lips").as_posix() for p in (tmp_path / "data" / "lips").glob("*/*")}
+    assert crops == {f"{row['class']}/{row['crop']}" for row in rows.values() if row["status"] == "ok"}
+    for row in rows.values():
+        if row["status"] == "ok":
+            assert row["crop"] == f"{row['class']}_{row['sha1'][:12]}.jpg"
+            with Image.open(tmp_path / "data" / "lips" / row["class"] / row["crop"]) as crop:
+                assert crop.size == (128, 128) and crop.format == "JPEG"
+    with Image.open(tmp_path / "data" / "lips" / "preview.jpg") as preview:
+        assert preview.width > 1000
+    out = capsys.readouterr().out
+    assert "conflict" in out and "total" in out and "data/lips/manifest.csv" in out.replace("\\", "/")
+
+
+def test_a_second_run_does_only_what_is_new_and_forgets_what_is_gone(photos, capsys, tmp_path, orl):
+    crops = tmp_path / "裁剪"
+    main([str(photos), str(crops)])
+    before = rows_of(crops)
+    stamps = {p: p.stat().st_mtime_ns for p in crops.glob("*/*.jpg")}
+    (photos / "0none" / "s01_1.png").unlink()
+    Image.fromarray(orl["s07_1"]).save(photos / "0none" / "s07_1.png")
+    capsys.readouterr()
+    main([str(photos), str(crops)])
+    assert "1 new photos" in capsys.readouterr().out
+    after = rows_of(crops)
+    assert set(before) - set(after) == {"0none/s01_1.png"} and set(after) - set(before) == {"0none/s07_1.png"}
+    gone = crops / "0none" / before["0none/s01_1.png"]["crop"]
+    assert not gone.exists()
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if p != gone)
+
+
+def test_a_conflict_is_solved_by_removing_one_copy(photos, tmp_path):
+    crops = tmp_path / "crops"
+    shutil.copy(photos / "0none" / "s01_1.png", photos / "2smile" / "wrong.png")
+    main([str(photos), str(crops)])
+    assert rows_of(crops)["0none/s01_1.png"]["status"] == "conflict"
+    (photos / "2smile" / "wrong.png").unlink()
+    main([str(photos), str(crops)])
+    row = rows_of(crops)["0none/s01_1.png"]
+    assert row["status"] == "ok" and (crops / "0none" / row["crop"]).is_file()
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, capsys):
+    import preprocess_lips
+
+    crops, real = tmp_path / "crops", preprocess_lips.run_parallel
+
+    def stop_after_five(tasks, workers):
+        for i, row in enumerate(real(tasks, workers)):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(preprocess_lips, "run_parallel", stop_after_five)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        main([str(photos), str(crops)])
+    monkeypatch.undo()
+    with open(crops / "manifest.csv.part", "a") as journal:
+        journal.write('{"source": "0none/s01')  # a line that a kill cut short
+    main([str(photos), str(crops)])
+    assert "19 new photos" in capsys.readouterr().out and len(rows_of(crops)) == 24
+
+
+def test_settle_keeps_the_first_copy_whatever_the_order():
+    def row(source):
+        return dict.fromkeys(COLUMNS, "") | {"source": source, "class": source[0], "status": "ok", "crop": "x.jpg", "sha1": "abc"}
+
+    assert [r["status"] for r in settle([row("a/2"), row("a/1")])] == ["ok", "duplicate"]
+    assert [r["status"] for r in settle([row("b/1"), row("a/1"), row("a/2")])] == ["conflict"] * 3
+
+
+def test_errors_name_the_folder_and_the_way_out(shell, tmp_path):
+    assert "error: data/raw: no such folder; put photos in" in shell("preprocess_lips.py", check=1).stderr.replace("\\", "/")
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    assert "no photos in class folders" in shell("preprocess_lips.py", check=1).stderr
+
+
+def test_help_shows_the_commands_people_type(shell):
+    assert "python preprocess_lips.py" in shell("preprocess_lips.py", "--help").stdout
