@@ -1,0 +1,231 @@
+"""Mouth crops to an ImageFolder: one tenth of every class for validation, the rest for training.
+
+    python split_train_val.py                          data/lips to data/train and data/val
+    python split_train_val.py crops data --seed 7      other folders, another draw
+    python split_train_val.py --group '(s\\d+)_'        all crops of s07_3.png, s07_4.png ... on one side
+
+Validation gets floor(n / 10) of each class, at least one of two or more. The same crops and seed give the
+same split; when crops are added, the old ones stay where they are. split.csv in the output folder lists
+what was made, so that a rerun replaces just that and touches no other file.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from preprocess_lips import MANIFEST, read_csv, write_csv
+
+COLUMNS = ("part", "class", "file", "group", "draw")
+RECORD = "split.csv"
+
+
+def list_crops(crops):
+    """All images in the class folders of `crops`: sorted list of (class, file name)."""
+    suffixes = Image.registered_extensions()
+    return sorted(
+        (folder.name, file.name)
+        for folder in crops.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+        for file in folder.iterdir() if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def group_of(path, pattern):
+    """The part of `path` that names its group: the first parenthesis of `pattern`, else the whole match.
+
+    A path that does not match is a group of its own.
+    """
+    match = pattern.search(path)
+    if not match:
+        return path
+    return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)
+
+
+def val_count(n):
+    """How many of n crops of a class validation gets: a tenth, rounded down, but one of two or more."""
+    return max(n // 10, 1 if n > 1 else 0)
+
+
+def choose_val(members, seed, before=None):
+    """Choose the groups that go to validation.
+
+    Parameters
+    ----------
+    members : dict of str to list of str
+        For every group the classes of its crops, one entry a crop.
+    seed : int
+        Orders the groups at random.
+    before : dict of str to str, optional
+        Groups that are on a side already, "train" or "val": they stay if the counts allow it.
+
+    Returns
+    -------
+    set of str
+        The groups for validation. Their crops come as close to `val_count` of each class as whole groups
+        can; with one crop a group they meet it exactly. Where two groups or more hold a class, each side
+        gets at least one of them.
+    """
+    before = before or {}
+    counts = {group: Counter(classes) for group, classes in members.items()}
+    total = sum(counts.values(), Counter())
+    wanted = {label: val_count(n) for label, n in total.items()}
+    rank = {"val": 0, None: 1, "train": 2}
+    order = sorted(members, key=lambda group: (
+        rank[before.get(group)], hashlib.sha1(f"{seed}/{group}".encode("utf-8", "surrogateescape")).digest()))
+    val, taken = set(), Counter()
+
+    def gain(group):
+        """How much nearer to the wanted counts this group brings validation, as shares of them."""
+        return sum(
+            (abs(wanted[label] - taken[label]) - abs(wanted[label] - taken[label] - n)) / max(wanted[label], 1)
+            for label, n in counts[group].items())
+
+    def leaves_some(group):
+        return all(taken[label] + n < total[label] for label, n in counts[group].items())
+
+    def take(group):
+        nonlocal taken
+        val.add(group)
+        taken += counts[group]
+
+    for group in order:  # first what fits, then what still brings the counts nearer
+        if all(taken[label] + n <= wanted[label] for label, n in counts[group].items()):
+            take(group)
+    for group in order:
+        if group not in val and gain(group) > 0 and leaves_some(group):
+            take(group)
+    for label in sorted(wanted):
+        if wanted[label] and not taken[label]:
+            # the class lives in large groups only: take the one that disturbs the others least
+            rest = [group for group in order if counts[group][label] and leaves_some(group)]
+            if rest:
+                take(max(rest, key=gain))
+    return val
+
+
+def split(crops, data, seed=0, group=None, link=False):
+    """Bring ``data/train`` and ``data/val`` up to date with `crops`.
+
+    Parameters
+    ----------
+    crops, data : Path
+    seed : int
+    group : str, optional
+        Regular expression; see `group_of`. It looks at the photo's path in the manifest of `crops`, or at
+        the crop's own path where the manifest does not know it.
+    link : bool
+        Hard links instead of copies.
+
+    Returns
+    -------
+    (rows, foreign) : list of dict, list of Path
+        What `split.csv` now says, and files of the same name that this script did not make: left alone.
+    """
+    files = list_crops(crops)
+    if not files:
+        raise FileNotFoundError(f"{crops}: no crops in class folders; 'python preprocess_lips.py' makes them")
+    draw = f"seed={seed} group={group or ''}"
+    sources = {(row["class"], row["crop"]): row["source"] for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
+    groups = {}
+    for label, name in files:
+        path = sources.get((label, name), f"{label}/{name}")
+        groups[label, name] = group_of(path, re.compile(group)) if group else path
+    members = defaultdict(list)
+    for (label, _), key in groups.items():
+        members[key].append(label)
+    record = data / RECORD
+    old = read_csv(record)
+    made = {(row["part"], row["class"], row["file"]) for row in old}
+    before = {row["group"]: row["part"] for row in old if row["draw"] == draw}
+    val = choose_val(members, seed, before)
+    rows = [{"part": "val" if groups[key] in val else "train", "class": key[0], "file": key[1],
+             "group": groups[key], "draw": draw} for key in files]
+    wanted = {(row["part"], row["class"], row["file"]) for row in rows}
+
+    # the record comes first and names both the old and the new files: killed at any point, a rerun knows its own
+    foreign = {path for part, label, name in wanted - made if (path := data / part / label / name).exists()}
+    rows = [row for row in rows if data / row["part"] / row["class"] / row["file"] not in foreign]
+    write_csv(record, COLUMNS, rows + [row for row in old if (row["part"], row["class"], row["file"]) not in wanted])
+    for part, label, name in sorted(made - wanted):
+        (data / part / label / name).unlink(missing_ok=True)
+    for row in tqdm(rows, unit="crop", leave=False, disable=None):
+        place_crop(crops / row["class"] / row["file"], data / row["part"] / row["class"] / row["file"], link)
+    for part, label, _ in made - wanted:
+        folder = data / part / label
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    write_csv(record, COLUMNS, rows)
+    return rows, sorted(foreign)
+
+
+def place_crop(source, target, link):
+    """Copy or hard-link, by way of a temporary name; nothing to do where the same file stands already."""
+    if target.exists():
+        a, b = source.stat(), target.stat()
+        same = os.path.samefile(source, target)
+        if same if link else not same and (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns):
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary) if link else shutil.copy2(source, temporary)
+    temporary.replace(target)
+
+
+def table(rows):
+    """Lines of text: class, total, train, val."""
+    counts = Counter((row["class"], row["part"]) for row in rows)
+    classes = sorted({row["class"] for row in rows})
+    width = max(map(len, ("class", "total", *classes))) + 2
+    lines = ["class".ljust(width) + "   total   train     val"]
+    for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
+        train, val = (sum(counts[label, part] for label in labels) for part in ("train", "val"))
+        lines.append(name.ljust(width) + f"{train + val:8}{train:8}{val:8}")
+    return lines
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
+                        help="folder with one folder of crops a class (default: %(default)s)")
+    parser.add_argument("data", nargs="?", type=Path, default=Path("data"),
+                        help="where train/ and val/ go (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another draw (default: %(default)s)")
+    parser.add_argument("--group", metavar="REGEX",
+                        help="keep crops together whose photo's path agrees in this expression's first parenthesis, "
+                             "for example those of one person")
+    parser.add_argument("--link", action="store_true", help="hard links instead of copies: no disk space, one file system")
+    args = parser.parse_args(argv)
+    try:
+        if not args.crops.is_dir():
+            raise FileNotFoundError(f"{args.crops}: no such folder; 'python preprocess_lips.py' makes it")
+        try:
+            re.compile(args.group or "")
+        except re.error as error:
+            raise ValueError(f"--group {args.group}: not a regular expression ({error})") from None
+        rows, foreign = split(args.crops, args.data, args.seed, args.group, args.link)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: run the same command again to finish")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(*table(rows), sep="\n")
+    if args.group:
+        sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
+        print(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
+    for path in foreign[:5]:
+        print(f"left alone, not made by this script: {path}")
+    if len(foreign) > 5:
+        print(f"... and {len(foreign) - 5} more")
+    print(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
+          f"listed in {args.data / RECORD}")
+
+
+if __name__ == "__main__":
+    main()

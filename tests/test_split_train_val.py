@@ -1,0 +1,151 @@
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocess_lips import COLUMNS, read_csv, write_csv
+from split_train_val import choose_val, main, val_count
+
+
+@pytest.fixture
+def crops(tmp_path):
+    """Crops of three classes, 40, 25 and 7; the content does not matter here."""
+    for label, n in (("a", 40), ("b", 25), ("c", 7)):
+        (tmp_path / "crops" / label).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "crops" / label / f"p{i % 9}_{label}{i:02d}.jpg").write_text(f"{label}{i}")
+    return tmp_path / "crops"
+
+
+def split(tmp_path, *args):
+    main([str(tmp_path / "crops"), str(tmp_path / "data"), *map(str, args)])
+    return {p.relative_to(tmp_path / "data").as_posix() for part in ("train", "val") for p in (tmp_path / "data" / part).glob("*/*")}
+
+
+def test_validation_gets_the_textbooks_counts():
+    assert [val_count(n) for n in (4763, 3154, 4821, 2348, 9, 2, 1)] == [476, 315, 482, 234, 1, 1, 0]
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abcd"), st.integers(1, 60), min_size=1), st.integers(0, 5))
+def test_single_crops_meet_the_counts_exactly(classes, seed):
+    members = {f"{label}/{i}": [label] for label, n in classes.items() for i in range(n)}
+    got = Counter(members[group][0] for group in choose_val(members, seed))
+    assert got == Counter({label: val_count(n) for label, n in classes.items()})
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=6), min_size=2, max_size=40), st.integers(0, 5))
+def test_groups_leave_every_class_some_crops_in_training(groups, seed):
+    members = {str(i): classes for i, classes in enumerate(groups)}
+    val = choose_val(members, seed)
+    for label in "abc":
+        holders = [group for group, classes in members.items() if label in classes]
+        assert not holders or any(group not in val for group in holders)
+
+
+def test_every_crop_is_on_one_side(tmp_path, crops):
+    made = split(tmp_path)
+    assert len(made) == 72
+    assert Counter(name.split("/")[0] + name.split("/")[1] for name in made) == {
+        "traina": 36, "vala": 4, "trainb": 23, "valb": 2, "trainc": 6, "valc": 1}
+    assert (tmp_path / "data" / "val").is_dir()
+
+
+def test_the_same_seed_gives_the_same_split_and_another_seed_another(tmp_path, crops):
+    first = split(tmp_path)
+    assert split(tmp_path) == first
+    assert split(tmp_path, "--seed", 1) != first
+    assert split(tmp_path, "--seed", 0) == first
+
+
+def test_new_crops_leave_the_old_ones_where_they_are(tmp_path, crops):
+    before = split(tmp_path)
+    for i in range(35):
+        (crops / "c" / f"new{i}.jpg").write_text(f"new{i}")
+    after = split(tmp_path)
+    assert before <= after and len(after) == 72 + 35
+    assert sum(name.startswith("val/c") for name in after) == 4
+
+
+def test_removed_crops_disappear_and_the_counts_still_hold(tmp_path, crops):
+    split(tmp_path)
+    for path in sorted((crops / "a").iterdir())[:20]:
+        path.unlink()
+    after = split(tmp_path)
+    assert sum("/a/" in name for name in after) == 20 and sum(name.startswith("val/a") for name in after) == 2
+
+
+def test_files_of_others_are_never_touched(tmp_path, crops, capsys):
+    mine = tmp_path / "data" / "train" / "a" / "mine.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    same_name = [tmp_path / "data" / part / "a" / "p0_a00.jpg" for part in ("train", "val")]
+    for path in same_name:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("also mine")
+    split(tmp_path)
+    split(tmp_path, "--seed", 3)
+    assert mine.read_text() == "mine" and all(path.read_text() == "also mine" for path in same_name)
+    assert "left alone, not made by this script" in capsys.readouterr().out
+
+
+def test_groups_stay_together(tmp_path, crops):
+    made = split(tmp_path, "--group", r"(p\d)_")
+    sides = {}
+    for name in made:
+        sides.setdefault(name.split("/")[2][:2], set()).add(name.split("/")[0])
+    assert all(len(side) == 1 for side in sides.values()) and len(sides) == 9
+
+
+def test_groups_come_from_the_photos_path_in_the_manifest(tmp_path, crops):
+    rows = [dict.fromkeys(COLUMNS, "") | {"source": f"a/person{int(p.stem[-2:]) // 4}_x{i}.png", "class": "a", "status": "ok", "crop": p.name}
+            for i, p in enumerate(sorted((crops / "a").iterdir()))]
+    write_csv(crops / "manifest.csv", COLUMNS, rows)
+    split(tmp_path, "--group", r"(person\d+)_")
+    person = {(row["class"], row["crop"]): row["source"].split("_")[0] for row in rows}
+    sides = {}
+    for row in read_csv(tmp_path / "data" / "split.csv"):
+        if row["class"] == "a":
+            sides.setdefault(person["a", row["file"]], set()).add(row["part"])
+    assert all(len(side) == 1 for side in sides.values())
+    assert {"val"} in sides.values()
+
+
+def test_link_makes_hard_links_and_switching_back_makes_copies(tmp_path, crops):
+    name = sorted(split(tmp_path, "--link"))[0]
+    source = crops / name.split("/", 1)[1]
+    assert os.path.samefile(source, tmp_path / "data" / name)
+    split(tmp_path)
+    assert not os.path.samefile(source, tmp_path / "data" / name)
+
+
+def test_an_interrupted_split_is_finished_by_the_next(tmp_path, crops, monkeypatch):
+    import split_train_val
+
+    real, done = split_train_val.place_crop, []
+
+    def stop_after_ten(*args):
+        if len(done) == 10:
+            raise KeyboardInterrupt
+        done.append(real(*args))
+
+    monkeypatch.setattr(split_train_val, "place_crop", stop_after_ten)
+    with pytest.raises(SystemExit, match="again to finish"):
+        split(tmp_path)
+    monkeypatch.undo()
+    assert len(split(tmp_path)) == 72
+    assert len(split(tmp_path, "--seed", 2)) == 72  # and knows all of it as its own
+
+
+def test_errors_name_the_way_out(shell, tmp_path, crops):
+    assert "'python preprocess_lips.py' makes it" in shell("split_train_val.py", check=1).stderr
+    assert "not a regular expression" in shell("split_train_val.py", "crops", "--group", "(", check=1).stderr
+
+
+def test_the_table_is_printed(shell, tmp_path, crops):
+    out = shell("split_train_val.py", "crops", "out").stdout
+    assert [line.split() for line in out.splitlines()[:5]] == [
+        ["class", "total", "train", "val"], ["a", "40", "36", "4"], ["b", "25", "23", "2"], ["c", "7", "6", "1"], ["total", "72", "65", "7"]]
