@@ -1,0 +1,208 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision import transforms
+
+import train
+from conftest import ROOT
+from net import load_model, simpleconv3
+from train import confusion_matrix, draw_matrix, evaluate, load_images, main, random_boxes, resample
+
+# --- the data path
+
+
+def largest_gap(a, b):
+    """Kolmogorov-Smirnov distance of two samples."""
+    a, b = np.sort(a), np.sort(b)
+    points = np.concatenate([a, b])
+    return np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)).max()
+
+
+def test_random_boxes_are_distributed_as_torchvisions():
+    n = 20_000
+    ours = random_boxes(n, torch.Generator().manual_seed(0)).double().numpy()
+    crop, image = transforms.RandomResizedCrop(48), torch.empty(3, 1000, 1000)
+    torch.manual_seed(0)
+    theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)], float)  # top, left, height, width
+    theirs = np.stack([theirs[:, 1] + theirs[:, 3] / 2, theirs[:, 0] + theirs[:, 2] / 2, theirs[:, 3] / 2, theirs[:, 2] / 2], 1) / 500
+    theirs[:, :2] -= 1
+    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3], lambda b: b[:, 0], lambda b: b[:, 1],
+                    lambda b: b[:, 0] - b[:, 2], lambda b: b[:, 1] + b[:, 3]):
+        # 1.95 sqrt(2 / n): two samples of one distribution differ by more once in a thousand times
+        assert largest_gap(measure(ours), measure(theirs)) < 1.95 * (2 / n) ** 0.5
+
+
+def test_boxes_lie_inside_the_image():
+    boxes = random_boxes(5000, torch.Generator().manual_seed(1))
+    assert (boxes[:, :2].abs() + boxes[:, 2:] <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("left, top, width, height", [(0, 0, 64, 64), (5, 9, 50, 44), (20, 10, 30, 40), (40, 44, 20, 18)])
+def test_pixels_of_a_box_are_torchvisions(mouths, left, top, width, height):
+    path = sorted((mouths / "data" / "train").glob("*/*.png"))[3]
+    image = load_images([path], 64)
+    box = torch.tensor([[(left + width / 2) / 32 - 1, (top + height / 2) / 32 - 1, width / 64, height / 64]])
+    ours = resample(image, box)[0]
+    resized = transforms.functional.resized_crop(Image.fromarray(image[0].permute(1, 2, 0).numpy()), top, left, height, width, [48, 48])
+    theirs = transforms.functional.pil_to_tensor(resized).float()
+    # ours has no antialiasing: at most 64 pixels become 48, where it hardly matters
+    assert (ours - theirs).abs().mean() < (1.5 if width > 48 else 0.5)
+    mirrored = resample(image, box * torch.tensor([1, 1, -1, 1]))[0]
+    torch.testing.assert_close(mirrored, ours.flip(2), atol=1e-2, rtol=0)
+
+
+def test_validation_pixels_are_torchvisions(mouths):
+    paths = sorted((mouths / "data" / "val").glob("*/*.png"))
+    theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.PILToTensor()])
+    expected = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths])
+    assert torch.equal(load_images(paths, 48), expected)
+
+
+def test_evaluate_sums_over_samples_whatever_the_batches(mouths):
+    torch.manual_seed(0)
+    model, images, labels = simpleconv3(3), torch.randint(0, 256, (50, 3, 48, 48), dtype=torch.uint8), torch.randint(0, 3, (50,))
+    small, logits = evaluate(model, images, labels, batch_size=7)
+    large, _ = evaluate(model, images, labels)
+    torch.testing.assert_close(small, large)
+    assert small[1] == (logits.argmax(1) == labels).sum() and small[2] == 50
+    torch.testing.assert_close(small[0], torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+
+
+def test_confusion_matrix_has_true_classes_in_rows():
+    matrix = confusion_matrix(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert draw_matrix(matrix, ("a", "嘴", "a long name of a class")).shape[2] == 3
+
+
+# --- whole runs
+
+
+@pytest.fixture
+def run(mouths, tmp_path, monkeypatch):
+    """Calls train.main on the mouths in a folder of its own; returns model.json."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        main(["--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", *map(str, args)])
+        folder = args[args.index("--models") + 1] if "--models" in args else "models"
+        return json.loads((tmp_path / folder / "model.json").read_text("utf-8"))
+
+    return run
+
+
+def scalars(logs):
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    return events
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_run_learns_and_leaves_model_json_and_curves(run, tmp_path, capsys):
+    about = run("--epochs", 12, "--lr", 0.03)
+    assert about["best"]["val_acc"] == 1.0 and about["classes"] == ["bright", "dark"]
+    assert about["images"] == {"train": 32, "val": 8} and about["settings"]["lr"] == 0.03
+    simpleconv3(2).load_state_dict(torch.load(tmp_path / "models" / "model.pt", weights_only=True))
+    assert load_model(tmp_path / "models" / "model.pt").classes == ("bright", "dark")
+    (log,) = (tmp_path / "logs").iterdir()
+    events = scalars(log)
+    tags = events.Tags()
+    assert {"data/trainloss", "data/trainacc", "data/valloss", "data/valacc"} <= set(tags["scalars"])
+    for tag in ("data/trainloss", "data/valacc"):
+        assert [e.step for e in events.Scalars(tag)] == list(range(1, 13))
+    assert all(0 <= e.value <= 1 for e in events.Scalars("data/trainacc"))
+    assert events.Scalars("data/valacc")[about["best"]["epoch"] - 1].value == 1.0
+    assert {"confusion matrix", "augmented training crops"} == set(tags["images"])
+    assert tags["graph"] and tags["histograms"]
+    out = capsys.readouterr().out
+    assert out.count("\nepoch ") + out.startswith("epoch ") == 12 and "models/model.pt" in out.replace("\\", "/")
+
+
+def test_the_learning_rate_steps_as_steplr_does_from_the_first_epoch(run, tmp_path):
+    run("--epochs", 5, "--step-size", 2)
+    (log,) = (tmp_path / "logs").iterdir()
+    assert [round(e.value, 6) for e in scalars(log).Scalars("learning rate")] == [0.1, 0.1, 0.01, 0.01, 0.001]
+
+
+def test_model_pt_is_the_best_epoch_and_the_last_is_recorded(run, tmp_path, mouths):
+    about = run("--epochs", 8, "--lr", 0.3)
+    model = load_model(tmp_path / "models" / "model.pt")
+    _, (images, labels) = train.load_data(mouths / "data")[1:]
+    sums, _ = evaluate(model, images, labels)
+    assert sums[1] / 8 == about["best"]["val_acc"] and about["last"]["epoch"] == 8
+    assert abs(sums[0] / 8 - about["best"]["val_loss"]) < 1e-5
+
+
+def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
+    run("--epochs", 6, "--step-size", 4, "--models", "whole")
+    run("--epochs", 3, "--step-size", 4)
+    about = run("--resume", "--epochs", 6)
+    assert about["settings"]["step_size"] == 4  # from the checkpoint
+    whole, resumed = (weights(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "models"))
+    for part in ("net", "best_net"):
+        assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
+    assert whole["last"] == resumed["last"] and whole["best"] == resumed["best"]
+    log = [p for p in (tmp_path / "logs").iterdir() if str(p.name) in resumed["log_dir"]][0]
+    assert [e.step for e in scalars(log).Scalars("data/valacc")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_path):
+    for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
+        run("--epochs", 2, "--seed", seed, "--models", folder)
+    a, b, c = (weights(tmp_path / folder / "model.pt")["fc3.weight"] for folder in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def start(mouths, cwd, *args):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--data", str(mouths / "data"), "--device", "cpu", "--epochs", "100000", *args],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for child processes")
+def test_ctrl_c_saves_all_finished_epochs(mouths, tmp_path):
+    process = start(mouths, tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch  20"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "all finished epochs are saved" in err and "Traceback" not in err
+    done = json.loads((tmp_path / "models" / "model.json").read_text())["last"]["epoch"]
+    printed = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert done >= 20 and (not printed or int(printed[-1].split()[1].split("/")[0]) == done)
+
+
+def test_settings_that_cannot_work_are_one_clear_error(shell, mouths, tmp_path):
+    error = "error: data/train: no such folder; 'python split_train_val.py' makes it"
+    assert error in shell("train.py", check=1).stderr.replace("\\", "/")
+    shutil.copytree(mouths / "data", tmp_path / "data")
+    assert "no run to resume" in shell("train.py", "--resume", check=1).stderr
+    shutil.rmtree(tmp_path / "data" / "val" / "dark")
+    assert "class dark is not in" in shell("train.py", check=1).stderr
+    shutil.rmtree(tmp_path / "data" / "train" / "dark")
+    assert "only one class, bright" in shell("train.py", check=1).stderr
+    (tmp_path / "data" / "val" / "bright" / "broken.jpg").write_bytes(b"nothing")
+    shutil.copytree(mouths / "data" / "train" / "dark", tmp_path / "data" / "train" / "dark")
+    shutil.copytree(mouths / "data" / "val" / "dark", tmp_path / "data" / "val" / "dark")
+    assert "broken.jpg: not a readable image" in shell("train.py", check=1).stderr
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice_and_keeps_the_best(run, tmp_path):
+    run("--epochs", 2)
+    before = (tmp_path / "models" / "model.pt").read_bytes()
+    with pytest.raises(SystemExit, match="no longer a number; try a lower --lr"):
+        run("--epochs", 5, "--lr", 1e30)
+    assert (tmp_path / "models" / "model.pt").read_bytes() == before
