@@ -38,7 +38,6 @@ class Result(NamedTuple):
     """What became of one photo."""
 
     source: Path
-    photo: np.ndarray  # uint8, H x W x 3, RGB; None where it could not be read
     faces: list  # of preprocess_lips.Face, largest first
     probabilities: np.ndarray  # float32, faces x classes, rows sum to 1
     error: str  # empty, or why there is no face
@@ -68,15 +67,15 @@ def predict_photos(sources, model, crops=False, workers=None):
 
     def find(source):
         try:
-            photo = read_photo(source)
+            if crops:
+                crop = read_photo(source)
+                box = (0, 0, crop.shape[1], crop.shape[0])
+                faces = [Face(box, None, box, crop, "")]
+            else:
+                faces, _, _ = cropper.find(source)
         except OSError as error:
-            return Result(source, None, [], None, f"unreadable: {error.strerror or error}")
-        if crops:
-            height, width = photo.shape[:2]
-            faces = [Face((0, 0, width, height), None, (0, 0, width, height), photo, "crop")]
-        else:
-            faces = cropper(photo)
-        return Result(source, photo, faces, None, "" if faces else "no face found")
+            return Result(source, [], None, f"unreadable: {error.strerror or error}")
+        return Result(source, faces, None, "" if faces else "no face found")
 
     with ThreadPoolExecutor(workers) as pool:
         waiting, ahead = deque(), deque(sources)
@@ -105,18 +104,28 @@ def as_json(result, classes):
     ]
 
 
-def annotate(result, classes):
-    """A copy of the photo with every mouth's box, expression and probability: PIL image.
+def annotate(photo, faces, probabilities, classes):
+    """A copy of the photo with every mouth's box, expression and probability.
 
-    Small photos are enlarged, so that the words can be read.
+    Parameters
+    ----------
+    photo : uint8 array of shape (H, W, 3), RGB
+    faces, probabilities
+        As in a `Result`.
+    classes : sequence of str
+
+    Returns
+    -------
+    PIL.Image.Image
+        Small photos are enlarged, so that the words can be read.
     """
-    scale = max(1.0, MIN_SAVED / max(result.photo.shape[:2]))
-    photo = Image.fromarray(result.photo)
+    scale = max(1.0, MIN_SAVED / max(photo.shape[:2]))
+    photo = Image.fromarray(photo)
     photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(photo)
     side = min(photo.size)
     line, size = max(2, side // 200), max(15, side // 26)
-    for face, row in zip(result.faces, result.probabilities):
+    for face, row in zip(faces, probabilities):
         left, top, right, bottom = (v * scale for v in face.mouth)
         box = (max(left, 0), max(top, 0), min(right, photo.width - 1), min(bottom, photo.height - 1))
         draw.rectangle(box, outline="black", width=line + 2)
@@ -261,7 +270,7 @@ def predict_and_print(args, model):
                         print(f"{line['source']}  face {line['face']}  {line['label']}  {line['probability']:.1%}")
             photos += not result.error
             faces += len(result.faces)
-            if args.save and result.photo is not None:
+            if args.save and not result.error.startswith("unreadable"):
                 target = args.save / relative.with_suffix(".jpg")
                 n = 2
                 while target in used:  # a.png beside a.jpg, or the same name from two folders
@@ -269,7 +278,7 @@ def predict_and_print(args, model):
                     n += 1
                 used.add(target)
                 jpeg = io.BytesIO()
-                annotate(result, model.classes).save(jpeg, "JPEG", quality=92)
+                annotate(read_photo(result.source), result.faces, result.probabilities, model.classes).save(jpeg, "JPEG", quality=92)
                 write_file(target, jpeg.getvalue())
             bar.update()
     if not args.json:

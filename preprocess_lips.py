@@ -28,6 +28,7 @@ import stat
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -45,14 +46,17 @@ CROP_MARGIN = 1.5  # side of the crop over the side of the landmarks' bounding s
 MIN_SIDE = 32  # photos with a shorter side hold no usable mouth
 MIN_MOUTH = 12  # pixels, the least side of a mouth box that is worth enlarging to a crop
 MAX_SIDE_RATIO = 10
+DECODE_SIDE = 512  # pixels that the shorter side keeps where a JPEG is decoded at a fraction of its size
+SEARCH_SIDE = 640  # pixels of the longer side in which faces are searched, whatever the photo's size
 FACE_SIDE = 120  # landmarks are looked for at this size of the face, whatever the photo's
-SURE_VOTES = 12  # cascade detections with fewer overlapping windows must pass the HOG check
-HOG_SCORE = -0.35  # least score of a face in that check
 
 COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns")
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
 JOURNAL = "manifest.csv.part"
+
+# Pillow warns of photos over 89 million pixels, which are read here like others, and refuses twice that
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Face(NamedTuple):
@@ -85,10 +89,24 @@ def read_photo(source):
     OSError
         The file cannot be read, is no image, is damaged or cut short, or holds over 179 million pixels.
     """
+    return _decode(source)[0]
+
+
+def _decode(source, least=None):
+    """As `read_photo`, and the photo's true (width, height).
+
+    With `least`, a JPEG is decoded at the half, the quarter or the eighth of its size, as long as both
+    sides keep that many pixels: a fraction of the time.
+    """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            size = image.size
+            if least:
+                image.draft("RGB", (least, least))
             image.load()
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            if (image.width < image.height) != (size[0] < size[1]):
+                size = size[::-1]
     except OSError:
         raise
     except Exception as error:  # decoders raise almost anything on hostile files
@@ -96,15 +114,16 @@ def read_photo(source):
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow would clip, not scale
         grey = np.asarray(image, dtype=np.float64)
         if image.mode == "F":
-            low, high = (grey.min(), grey.max()) if grey.size else (0, 1)
-            grey = (grey - low) * (255 / max(high - low, 1e-9))
-        else:
-            grey = grey / (257 if grey.max() > 255 else 1)
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, 2)
+            grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-9))
+        elif grey.max() > 255:
+            grey = grey / 257
+        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, 2), size
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    if image.mode == "L":
+        return cv2.cvtColor(np.asarray(image), cv2.COLOR_GRAY2RGB), size
+    return np.array(image.convert("RGB")), size
 
 
 def cut(image, box, size):
@@ -136,6 +155,13 @@ def cut(image, box, size):
     after_x, after_y = max(0, side - before_x - inside.shape[1]), max(0, side - before_y - inside.shape[0])
     padded = cv2.copyMakeBorder(inside, before_y, after_y, before_x, after_x, cv2.BORDER_REPLICATE)[:side, :side]
     return padded if side == size else cv2.resize(padded, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def unusable(size):
+    """Why a photo of that (width, height) cannot hold a mouth, as a status of the manifest; empty if it can."""
+    if max(size) > MAX_SIDE_RATIO * min(size):
+        return "side_ratio"
+    return "too_small" if min(size) < MIN_SIDE else ""
 
 
 def mouth_box(landmarks):
@@ -185,17 +211,9 @@ class LipCropper:
 
     def __init__(self, predictor=None):
         cv2.setNumThreads(1)  # the caller's workers use the cores; OpenCV's own threads fight them
-        self._local = threading.local()  # the cascades and HOG keep state while they search: one each a thread
+        self._local = threading.local()
         # dlib opens paths in the system's code page on Windows; a path that it cannot say is no reason to fail
         self._predictor = dlib.shape_predictor(str(predictor or landmark_file()))
-
-    # (cascade, side the image is scaled to, border, step between sizes, least votes, smallest and largest
-    # face), lengths as shares of the image's longer side. A cascade's time is set by its smallest face, so
-    # faces are looked for one range of sizes after another, each in an image just large enough for it.
-    LARGE = (("default", 80, 0.4, 1.1, 3, 0.40, 1.5), ("alt2", 80, 0.4, 1.1, 2, 0.40, 1.5))
-    SMALLER = (("default", 200, 0.2, 1.1, 3, 0.15, 0.45), ("default", 500, 0.05, 1.1, 4, 0.06, 0.18))
-    FINE = (("default", 120, 0.4, 1.04, 2, 0.30, 1.5),)
-    TURNS = (-25, 25)  # degrees
 
     def __call__(self, photo, largest=False):
         """Find the faces of a photo.
@@ -209,87 +227,196 @@ class LipCropper:
         Returns
         -------
         list of Face, largest first
+            Beside a large face, those of the far background are not looked for.
         """
-        grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
-        faces = []
-        for detector, box in self._candidates(grey, largest):
-            if any(_overlap(box, other.box) > 0.3 for other in faces):
+        return self.look(photo, largest)[0]
+
+    def look(self, photo, largest=False):
+        """As a call, but returns ``(faces, doubtful)``: the number of boxes that a cascade found and a check refused."""
+        scale = min(1.0, SEARCH_SIDE / max(photo.shape[:2]))
+        grey = cv2.cvtColor(_scaled(photo, scale) if scale < 1 else photo, cv2.COLOR_RGB2GRAY)
+        faces, doubtful = [], 0
+        for search in SEARCHES:
+            if faces and search.fallback:
                 continue
-            landmarks = self._landmarks(grey, box)
-            if landmarks is not None:
+            biggest = max((face.box[2] - face.box[0] for face in faces), default=0) * scale / max(grey.shape)
+            if search.faces and search.faces[1] < biggest * LEAST_SHARE:
+                break
+            for turn in search.turns:
+                image, back = _turned(grey, turn)
+                for box, sure in self._search(image, search):
+                    landmarks = self._landmarks(image, box, sure)
+                    if landmarks is None:
+                        doubtful += 1
+                        continue
+                    landmarks = (landmarks @ back[:, :2].T + back[:, 2]) / scale
+                    face = _make_face(photo, landmarks, _turned_box(box, back, scale), search.name)
+                    if all(_overlap(face.box, other.box) < 0.3 for other in faces):
+                        faces.append(face)
+                        if largest:
+                            return faces, doubtful
+        return sorted(faces, key=lambda face: face.box[0] - face.box[2]), doubtful
+
+    def find(self, source, largest=False):
+        """Find the faces of a photo that is not decoded yet: large JPEGs take a fraction of the time.
+
+        Parameters
+        ----------
+        source : path-like or bytes
+            A file or its content, as for `read_photo`.
+        largest : bool
+            As for a call.
+
+        Returns
+        -------
+        faces : list of Face
+            In pixels of the whole photo, crops cut from no fewer pixels than they have.
+        doubtful : int
+            As `look` returns it.
+        size : (int, int)
+            Width and height of the photo.
+
+        Raises
+        ------
+        OSError
+            As `read_photo`.
+        """
+        photo, size = _decode(source, DECODE_SIDE)
+        scale = size[0] / photo.shape[1]
+        if unusable(size):
+            return [], 0, size
+        faces, doubtful = self.look(photo, largest)
+        if scale > 1:
+            small = any(face.mouth[2] - face.mouth[0] < CROP_SIDE for face in faces)
+            whole = read_photo(source) if small else None
+            for i, face in enumerate(faces):
+                landmarks = face.landmarks * scale
                 mouth = mouth_box(landmarks)
-                box = tuple(round(v) for v in box)
-                faces.append(Face(box, landmarks, mouth, cut(photo, mouth, CROP_SIDE), detector))
-                if largest:
-                    break
-        return sorted(faces, key=lambda face: face.box[0] - face.box[2])
+                crop = cut(whole, mouth, CROP_SIDE) if small else face.crop
+                faces[i] = Face(tuple(round(v * scale) for v in face.box), landmarks, mouth, crop, face.detector)
+        return faces, doubtful, size
 
-    def _candidates(self, grey, largest):
-        """Boxes that may be faces, as (detector, box); the likely ones first."""
-        found = False
-        for search in (*self.LARGE[:1], *self.SMALLER) if not largest else (*self.LARGE, *self.SMALLER):
-            for box in self._search(grey, *search):
-                found = True
-                yield search[0], box
-        if not found:
-            for search in (*self.LARGE[1:], *self.FINE):
-                for box in self._search(grey, *search):
-                    yield search[0], box
-
-    def _detectors(self):
-        if not hasattr(self._local, "detectors"):
-            self._local.detectors = {"hog": dlib.get_frontal_face_detector()}
-        return self._local.detectors
-
-    def _search(self, grey, name, side, border, step, votes, smallest, biggest):
-        """Boxes found by one cascade in one range of sizes, largest first, doubtful ones checked by HOG."""
-        detectors = self._detectors()
+    def _detector(self, name):
+        """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
+        detectors = self._local.__dict__
         if name not in detectors:
-            detectors[name] = cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml")
-        scale = side / max(grey.shape)
-        small = _scaled(grey, scale)
-        pad = round(border * side)
-        small = cv2.copyMakeBorder(small, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-        low, high = round(smallest * side), round(biggest * side)
-        boxes, counts = detectors[name].detectMultiScale2(small, step, votes, minSize=(low, low), maxSize=(high, high))
-        order = sorted(range(len(boxes)), key=lambda i: -boxes[i][2])
-        for i in order:
-            x, y, width, height = ((float(v) for v in boxes[i]))
-            box = ((x - pad) / scale, (y - pad) / scale, (x + width - pad) / scale, (y + height - pad) / scale)
-            if counts[i] >= SURE_VOTES or self._looks_like_a_face(grey, box):
-                yield box
+            detectors[name] = dlib.get_frontal_face_detector() if name == "hog" else cv2.CascadeClassifier(
+                f"{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml")
+        return detectors[name]
 
-    def _patch(self, grey, box):
-        """The face at `FACE_SIDE` in the middle of a patch twice as wide, and the patch's box."""
-        x0, y0, x1, y1 = box
-        side = max(2, round(2 * (x1 - x0)))
-        left, top = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2)
-        patch_box = (left, top, left + side, top + side)
-        return cut(grey, patch_box, 2 * FACE_SIDE), patch_box
+    def _search(self, grey, search):
+        """Boxes (left, top, right, bottom) found by one search, largest first, each with whether it is beyond doubt."""
+        scale = search.side / max(grey.shape)
+        pad = round(search.border * search.side)
+        small = cv2.copyMakeBorder(_scaled(grey, scale), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+        if search.name == "hog":
+            found = [((b.left(), b.top(), b.right(), b.bottom()), False) for b in self._detector("hog")(small)]
+        else:
+            low, high = (round(share * search.side) for share in search.faces)
+            boxes, votes = self._detector(search.name).detectMultiScale2(
+                small, search.step, search.votes, minSize=(low, low), maxSize=(high, high))
+            found = [((x, y, x + w, y + h), n >= search.sure) for (x, y, w, h), n in zip(boxes, np.ravel(votes))]
+        found.sort(key=lambda one: one[0][0] - one[0][2])
+        return [(tuple((float(v) - pad) / scale for v in box), sure) for box, sure in found]
 
-    def _looks_like_a_face(self, grey, box):
-        patch, _ = self._patch(grey, box)
-        boxes, scores, _ = self._detectors()["hog"].run(patch, 0, HOG_SCORE)
-        return any(
-            abs(b.center().x - FACE_SIDE) < FACE_SIDE / 3
-            and abs(b.center().y - FACE_SIDE) < FACE_SIDE / 3
-            and FACE_SIDE / 2 < b.width() < FACE_SIDE * 1.5
-            for b in boxes
-        )
-
-    def _landmarks(self, grey, box):
-        """68 landmarks in pixels of the photo, or None where they make no face."""
-        patch, (left, top, right, _) = self._patch(grey, box)
+    def _landmarks(self, grey, box, sure):
+        """68 landmarks in pixels of `grey`, or None where box or landmarks make no face."""
+        # the face at FACE_SIDE in the middle of a patch twice as wide
+        side = max(2, round(2 * (box[2] - box[0])))
+        left, top = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
+        patch = cut(grey, (left, top, left + side, top + side), 2 * FACE_SIDE)
+        if not sure and not self._looks_like_a_face(patch):
+            return None
         half = FACE_SIDE // 2
         shape = self._predictor(patch, dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE))
         points = np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
-        return points * ((right - left) / (2 * FACE_SIDE)) + (left, top)
+        return points * (side / (2 * FACE_SIDE)) + (left, top) if plausible(points / FACE_SIDE - 0.5) else None
+
+    def _looks_like_a_face(self, patch):
+        """A second look, with other eyes: whether dlib's HOG detector nearly agrees with the cascade."""
+        boxes, _, _ = self._detector("hog").run(patch, 0, HOG_SCORE)
+        return any(
+            abs(box.center().x - FACE_SIDE) < FACE_SIDE / 3
+            and abs(box.center().y - FACE_SIDE) < FACE_SIDE / 3
+            and FACE_SIDE / 2 < box.width() < FACE_SIDE * 1.5
+            for box in boxes
+        )
+
+
+class Search(NamedTuple):
+    """One step of the chain by which faces are found. Lengths are shares of the image's longer side."""
+
+    name: str  # of the cascade, or "hog"
+    side: int  # pixels to which the longer side is scaled: with the smallest face, this sets the time it takes
+    border: float  # replicated border, without which tight faces are not found
+    step: float  # between two sizes of face
+    votes: int  # least number of windows that agree
+    sure: float  # as many need no second look
+    faces: tuple  # smallest and largest face
+    fallback: bool  # only where no face was found before
+    turns: tuple = (0,)  # degrees by which the image is turned
+
+
+NEVER = float("inf")
+LEAST_SHARE = 0.4  # no search is begun whose largest faces are smaller than this share of the largest found
+HOG_SCORE = -0.3  # what dlib's detector must give a face that a cascade found; it calls 0 a face
+# Large faces first: most photos are done there, in 3 ms. tests/bench/README.md says what each step brings.
+SEARCHES = (
+    Search("alt2", 48, 0.22, 1.12, 2, 5, (0.5, 1.5), False),
+    Search("default", 96, 0.4, 1.05, 2, NEVER, (0.35, 1.6), True),
+    Search("alt2", 160, 0.15, 1.15, 3, NEVER, (0.15, 0.55), False),
+    Search("alt2", 360, 0.05, 1.2, 3, NEVER, (0.065, 0.2), False),
+    Search("alt2", 72, 0.4, 1.1, 2, NEVER, (0.4, 1.6), True, (-25, 25)),
+    Search("hog", 240, 0.3, 0, 0, NEVER, (), True),
+)
+
+
+def plausible(landmarks):
+    """Whether 68 landmarks make an upright face.
+
+    Parameters
+    ----------
+    landmarks : float array of shape (68, 2)
+        In units of the detected face's side, from its left top corner.
+    """
+    eyes, nose, lips = landmarks[36:48], landmarks[33], landmarks[48:68]
+    corners = np.hypot(*(landmarks[54] - landmarks[48]))
+    centre = lips.mean(0)
+    return bool(
+        eyes[:, 1].mean() < nose[1] < centre[1]
+        and 0.15 < centre[0] < 0.85 and 0.4 < centre[1] < 1.25
+        and 0.1 < corners < 0.8
+        and 0.2 < np.hypot(*(landmarks[45] - landmarks[36])) < 1
+        and np.ptp(lips[:, 1]) < 0.6
+    )
+
+
+def _make_face(photo, landmarks, box, detector):
+    mouth = mouth_box(landmarks)
+    return Face(box, landmarks, mouth, cut(photo, mouth, CROP_SIDE), detector)
+
+
+def _turned(image, degrees):
+    """The image turned about its centre, and the 2 x 3 matrix that turns points (x, y) back."""
+    if not degrees:
+        return image, np.eye(2, 3)
+    height, width = image.shape[:2]
+    there = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1)
+    return cv2.warpAffine(image, there, (width, height), borderMode=cv2.BORDER_REPLICATE), cv2.invertAffineTransform(there)
+
+
+def _turned_box(box, back, scale):
+    """A box found in a turned and scaled image, upright again around its centre, in pixels of the photo."""
+    centre = back @ ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 1)
+    half = ((box[2] - box[0]) / 2, (box[3] - box[1]) / 2)
+    return tuple(round(float(v) / scale) for v in (*(centre - half), *(centre + half)))
 
 
 def _scaled(image, scale):
     height, width = image.shape[:2]
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    # averaging areas costs ten times as much and hardly differs down to half the size
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR)
 
 
 def _overlap(a, b):
@@ -302,10 +429,13 @@ def _overlap(a, b):
 
 def write_file(path, data):
     """Write bytes under a temporary name and rename: readers find the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_bytes(data)
+        try:
+            temporary.write_bytes(data)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -333,17 +463,13 @@ def process_photo(cropper, photos, crops, source, label):
             return row
         data = path.read_bytes()
         row["sha1"] = hashlib.sha1(data).hexdigest()
-        photo = read_photo(data)
+        faces, doubtful, size = cropper.find(data, largest=True)
     except OSError:
         return row
-    height, width = photo.shape[:2]
-    if max(height, width) > MAX_SIDE_RATIO * min(height, width):
-        return row | {"status": "side_ratio"}
-    if min(height, width) < MIN_SIDE:
-        return row | {"status": "too_small"}
-    faces = cropper(photo, largest=True)
+    if unusable(size):
+        return row | {"status": unusable(size)}
     if not faces:
-        return row | {"status": "no_face"}
+        return row | {"status": "implausible" if doubtful else "no_face"}
     face = faces[0]
     row |= {"face": _box_text(face.box), "mouth": _box_text(face.mouth), "detector": face.detector}
     if face.mouth[2] - face.mouth[0] < MIN_MOUTH:
@@ -364,37 +490,38 @@ def _start_worker():
     _cropper = LipCropper()
 
 
-def _work(task):
-    return process_photo(_cropper, *task)
+def _work(tasks):
+    return [process_photo(_cropper, *task) for task in tasks]
 
 
-def run_parallel(tasks, workers, ahead=8):
-    """Yield the manifest row of every task, in the order in which they finish.
+def run_parallel(tasks, workers, chunk=16):
+    """Yield the manifest rows of all tasks, in the order in which they finish, some at a time.
 
     A photo whose worker process dies costs itself only: the others that were under way are tried
     again one at a time, which finds the culprit.
     """
-    tasks, running = list(reversed(tasks)), {}
-    while tasks or running:
+    chunk = max(1, min(chunk, len(tasks) // (2 * workers)))
+    waiting = [tasks[i:i + chunk] for i in range(0, len(tasks), chunk)][::-1]
+    running = {}
+    while waiting or running:
         pool = ProcessPoolExecutor(workers, initializer=_start_worker)
         try:
-            while tasks or running:
-                while tasks and len(running) < ahead * workers:
-                    task = tasks.pop()
-                    running[pool.submit(_work, task)] = task
+            while waiting or running:
+                while waiting and len(running) < 3 * workers:
+                    some = waiting.pop()
+                    running[pool.submit(_work, some)] = some
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    row = future.result()
+                    rows = future.result()
                     del running[future]
-                    yield row
+                    yield rows
         except BrokenProcessPool:
-            suspects = list(running.values())
+            suspects = [task for some in running.values() for task in some]
             running = {}
             if len(suspects) == 1:
                 *_, source, label = suspects[0]
-                yield dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
-            else:
-                for suspect in suspects:
-                    yield from run_parallel([suspect], 1)
+                yield [dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}]
+            for suspect in suspects if len(suspects) > 1 else ():
+                yield from run_parallel([suspect], 1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -544,11 +671,11 @@ def preprocess(photos, crops, workers):
     tasks = [(photos, crops, source, label) for source, label in sources.items() if source not in rows]
     write_file(journal, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
     with open(journal, "a", encoding="utf-8") as log, tqdm(total=len(tasks), unit="photo", disable=None if tasks else True) as bar:
-        for row in run_parallel(tasks, workers):
-            rows[row["source"]] = row
-            log.write(json.dumps(row) + "\n")
+        for some in run_parallel(tasks, workers):
+            rows |= {row["source"]: row for row in some}
+            log.write("".join(json.dumps(row) + "\n" for row in some))
             log.flush()
-            bar.update()
+            bar.update(len(some))
     final = settle(rows.values())
     keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
     for row in (*before, *final):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from net import load_model, save_model, simpleconv3
-from predict import Result, annotate, evaluate, main, predict_photos
+from predict import annotate, evaluate, main, predict_photos
 
 
 @pytest.fixture
@@ -65,12 +65,12 @@ def test_annotated_photos_show_box_and_words_at_any_size(model, orl, cropper, si
     photo = np.asarray(Image.fromarray(orl["s05_1"]).convert("RGB").resize(size))
     faces = cropper(photo)
     net = load_model(model)
-    picture = np.asarray(annotate(Result("x", photo, faces, np.array([[0.1, 0.8, 0.1]]), ""), net.classes)).astype(int)
+    picture = np.asarray(annotate(photo, faces, np.array([[0.1, 0.8, 0.1]]), net.classes)).astype(int)
     assert max(picture.shape) >= 360
     yellow = (picture[..., 0] > 200) & (picture[..., 1] > 200) & (picture[..., 2] < 80)
     rows = np.flatnonzero(yellow.sum(1) > 0.1 * picture.shape[1])
     assert len(rows) >= 15  # the label's ground, a line of text high
-    annotate(Result("x", photo, faces, np.array([[0.1, 0.1, 0.8]]), ""), net.classes)  # a name beyond Latin letters
+    annotate(photo, faces, np.array([[0.1, 0.1, 0.8]]), net.classes)  # a name beyond Latin letters
 
 
 def test_crops_are_classified_whole(model, mouths, capsys):

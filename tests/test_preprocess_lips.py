@@ -120,6 +120,32 @@ def test_several_faces_come_largest_first_and_each_once(orl, cropper):
     assert len(cropper(canvas, largest=True)) == 1
 
 
+def test_large_jpegs_give_the_boxes_and_crops_of_the_whole_photo(orl, cropper, tmp_path):
+    for side in (2400, 4000):  # a mouth with enough pixels at a fraction of the size, and a small face far off
+        canvas = np.full((side, side * 4 // 3, 3), 90, np.uint8)
+        size = (1380, 1680) if side == 2400 else (460, 560)
+        canvas[200:200 + size[1], 900:900 + size[0]] = cv2.resize(orl["s05_1"], size)[..., None]
+        path = tmp_path / f"{side}.jpg"
+        Image.fromarray(canvas).save(path, quality=95)
+        (face,), _, (width, height) = cropper.find(path, largest=True)
+        (whole,) = cropper(read_photo(path), largest=True)
+        assert (width, height) == (side * 4 // 3, side)
+        assert np.abs(np.subtract(face.mouth, whole.mouth)).max() < 0.05 * (whole.mouth[2] - whole.mouth[0])
+        assert np.abs(face.crop.astype(int) - whole.crop).mean() < 12
+
+
+def test_turned_heads_are_found_and_their_landmarks_turn_back(orl, cropper):
+    face = cv2.copyMakeBorder(orl["s05_1"], 60, 60, 60, 60, cv2.BORDER_REPLICATE)
+    (upright,) = cropper(np.repeat(face[..., None], 3, 2), largest=True)
+    height, width = face.shape
+    for degrees in (-30, 30):
+        matrix = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1)
+        turned = cv2.warpAffine(face, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
+        (found,) = cropper(np.repeat(turned[..., None], 3, 2), largest=True)
+        expected = upright.landmarks[48:].mean(0) @ matrix[:, :2].T + matrix[:, 2]
+        assert np.hypot(*(found.landmarks[48:].mean(0) - expected)) < 6
+
+
 @shared("photos")
 def test_most_tight_photos_of_other_people_are_found(cropper):
     files = sorted((SHARED / "photos").glob("*/*.jpg"))[::15]
@@ -200,10 +226,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
     crops, real = tmp_path / "crops", preprocess_lips.run_parallel
 
     def stop_after_five(tasks, workers):
-        for i, row in enumerate(real(tasks, workers)):
+        for i, rows in enumerate(real(tasks, workers, chunk=1)):
             if i == 5:
                 raise KeyboardInterrupt
-            yield row
+            yield rows
 
     monkeypatch.setattr(preprocess_lips, "run_parallel", stop_after_five)
     with pytest.raises(SystemExit, match="the same command goes on"):
