@@ -12,6 +12,7 @@ the epoch with the best validation accuracy; models/model.json beside it says ev
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -54,7 +55,20 @@ def list_images(folder):
     return found
 
 
-def load_images(paths, size, name="images"):
+def free_memory():
+    """Bytes of memory that can be had without swapping; infinite where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def load_images(paths, size, cache, name="images"):
     """Decode images on all cores.
 
     Parameters
@@ -62,8 +76,11 @@ def load_images(paths, size, name="images"):
     paths : list of Path
     size : int
         Side of the results: shorter side resized to it, central square kept.
+    cache : Path
+        Folder for the file that takes the images where they do not fit in half of the free memory. It is
+        used again as long as the images' names, sizes and times are the same; others of `name` are removed.
     name : str
-        Shown at the progress bar.
+        Of the cached file, and shown at the progress bar.
 
     Returns
     -------
@@ -74,7 +91,21 @@ def load_images(paths, size, name="images"):
     OSError
         An image cannot be decoded; the message names it.
     """
-    images = np.empty((len(paths), 3, size, size), np.uint8)
+    shape, target, temporary = (len(paths), 3, size, size), None, None
+    if np.prod(shape, dtype=float) > free_memory() / 2:
+        about = [(str(path), (state := path.stat()).st_size, state.st_mtime_ns) for path in paths]
+        target = cache / f"{name}-{hashlib.sha1(repr((about, size)).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.u8"
+    for old in cache.glob(f"{name}-*"):
+        if old != target:
+            old.unlink()
+    if target and target.is_file():
+        return torch.from_numpy(np.memmap(target, np.uint8, "r+", shape=shape))
+    if target:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".part")
+        images = np.memmap(temporary, np.uint8, "w+", shape=shape)
+    else:
+        images = np.empty(shape, np.uint8)
 
     def load(i):
         try:
@@ -91,6 +122,9 @@ def load_images(paths, size, name="images"):
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if target:
+        images.flush()
+        temporary.replace(target)
     return torch.from_numpy(images)
 
 
@@ -133,7 +167,8 @@ def load_data(data, rank=0, world=1):
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist() if world > 1 else range(len(files))
         share = [files[i] for i in order][rank::world]
         labels = torch.tensor([classes.index(label) for _, label in share])
-        loaded.append((load_images([path for path, _ in share], size, part), labels))
+        name = part if world == 1 else f"{part}{rank}"
+        loaded.append((load_images([path for path, _ in share], size, data / "cache", name), labels))
     return classes, *loaded
 
 

@@ -50,7 +50,7 @@ def test_boxes_lie_inside_the_image():
 @pytest.mark.parametrize("left, top, width, height", [(0, 0, 64, 64), (5, 9, 50, 44), (20, 10, 30, 40), (40, 44, 20, 18)])
 def test_pixels_of_a_box_are_torchvisions(mouths, left, top, width, height):
     path = sorted((mouths / "data" / "train").glob("*/*.png"))[3]
-    image = load_images([path], 64)
+    image = load_images([path], 64, mouths / "cache")
     box = torch.tensor([[(left + width / 2) / 32 - 1, (top + height / 2) / 32 - 1, width / 64, height / 64]])
     ours = resample(image, box)[0]
     resized = transforms.functional.resized_crop(Image.fromarray(image[0].permute(1, 2, 0).numpy()), top, left, height, width, [48, 48])
@@ -65,7 +65,22 @@ def test_validation_pixels_are_torchvisions(mouths):
     paths = sorted((mouths / "data" / "val").glob("*/*.png"))
     theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.PILToTensor()])
     expected = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths])
-    assert torch.equal(load_images(paths, 48), expected)
+    assert torch.equal(load_images(paths, 48, mouths / "cache"), expected)
+
+
+def test_images_that_do_not_fit_in_memory_live_in_a_file(mouths, tmp_path, monkeypatch):
+    paths = sorted((mouths / "data" / "train").glob("*/*.png"))
+    monkeypatch.setattr(train, "free_memory", lambda: 1)
+    mapped = load_images(paths, 64, tmp_path, "train")
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == mapped.numel() == len(paths) * 3 * 64 * 64
+    stamp = file.stat().st_mtime_ns
+    again = load_images(paths, 64, tmp_path, "train")
+    assert file.stat().st_mtime_ns == stamp and torch.equal(again, mapped)
+    other = load_images(paths[1:], 64, tmp_path, "train")  # the old file is no longer true, and goes
+    assert [p.stat().st_size for p in tmp_path.iterdir()] == [other.numel()]
+    monkeypatch.undo()
+    assert torch.equal(load_images(paths, 64, tmp_path, "train"), mapped) and not list(tmp_path.iterdir())
 
 
 def test_evaluate_sums_over_samples_whatever_the_batches(mouths):
@@ -183,6 +198,36 @@ def test_ctrl_c_saves_all_finished_epochs(mouths, tmp_path):
     done = json.loads((tmp_path / "models" / "model.json").read_text())["last"]["epoch"]
     printed = [line for line in out.splitlines() if line.startswith("epoch")]
     assert done >= 20 and (not printed or int(printed[-1].split()[1].split("/")[0]) == done)
+
+
+def torchrun(mouths, cwd, *args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train.py"),
+         "--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", *args],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_train_as_well_as_one_and_write_once(mouths, tmp_path):
+    process = torchrun(mouths, tmp_path, "--epochs", "12", "--lr", "0.03")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert out.count("best: ") == 1 and "2 processes" in out and len(list((tmp_path / "logs").iterdir())) == 1
+    about = json.loads((tmp_path / "models" / "model.json").read_text())
+    assert about["images"] == {"train": 32, "val": 8} and about["best"]["val_acc"] == 1.0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint_to_resume(mouths, tmp_path):
+    process = torchrun(mouths, tmp_path, "--epochs", "100000")
+    for line in process.stdout:
+        if line.startswith("epoch  20"):
+            break
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    done = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["epoch"]
+    assert done >= 1 and load_model(tmp_path / "models" / "model.pt").classes == ("bright", "dark")
 
 
 def test_settings_that_cannot_work_are_one_clear_error(shell, mouths, tmp_path):
