@@ -53,6 +53,7 @@ class simpleconv3(nn.Module):
         self.fc1 = nn.Linear(48 * 5 * 5, 1200)
         self.fc2 = nn.Linear(1200, 128)
         self.fc3 = nn.Linear(128, nclass)
+        self.about = {}
         self.classes = tuple(CLASSES) if nclass == len(CLASSES) else tuple(map(str, range(nclass)))
 
     def features(self, x):
@@ -110,6 +111,11 @@ def normalize(images):
     return images.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
 
 
+def logits_of(model, x, flip=False):
+    """Logits of network inputs N x 3 x 48 x 48; with `flip`, the mean of those of the mirror images too."""
+    return (model(x) + model(x.flip(3))) / 2 if flip else model(x)
+
+
 @torch.inference_mode()
 def predict(model, crops):
     """Class probabilities of mouth crops.
@@ -117,7 +123,8 @@ def predict(model, crops):
     Parameters
     ----------
     model : simpleconv3
-        In eval mode, as `load_model` returns it.
+        In eval mode, as `load_model` returns it; its ``about`` may ask for mirror images (``flip``) and
+        say by how much the logits are too sure (``temperature``).
     crops : sequence of PIL images or uint8 arrays (H, W, 3) in RGB, any sizes
 
     Returns
@@ -128,7 +135,8 @@ def predict(model, crops):
         return torch.empty(0, len(model.classes))
     device = model.fc3.weight.device
     batch = torch.stack([square(crop) for crop in crops]).to(device)
-    return model(normalize(batch)).softmax(1).cpu()
+    logits = logits_of(model, normalize(batch), model.about.get("flip", False))
+    return (logits / model.about.get("temperature", 1.0)).softmax(1).cpu()
 
 
 def atomic_write(path, write):
@@ -204,7 +212,6 @@ def load_model(path, device="cpu"):
     except Exception as error:  # torch.load raises almost anything on a file that it did not write
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path}: not a state dict of simpleconv3 ({reason}); 'python train.py' makes one") from None
-    net.about = {}
     beside = path.with_suffix(".json")
     if beside != path and beside.is_file():
         try:
@@ -247,7 +254,7 @@ def main(argv=None):
     print(f"input: N x 3 x {CROP_SIZE} x {CROP_SIZE}, RGB, (x / 255 - {MEAN}) / {STD}")
     print(*layer_table(net), sep="\n")
     print("classes:", ", ".join(net.classes))
-    for key, value in getattr(net, "about", {}).items():
+    for key, value in net.about.items():
         if key not in {"classes", "input_size", "mean", "std", "channels"}:
             print(f"{key}: {json.dumps(value, ensure_ascii=False)}")
 

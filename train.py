@@ -12,6 +12,7 @@ the epoch with the best validation accuracy; models/model.json beside it says ev
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -32,11 +33,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from net import CROP_SIZE, atomic_write, normalize, save_model, simpleconv3, square
+from net import CROP_SIZE, atomic_write, logits_of, normalize, save_model, simpleconv3, square
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect ratio of the random crops
+RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
 CHECKPOINT = "checkpoint.pt"
+
+# What --recipe sets; any flag of the same name overrides it. tests/bench/README.md says how strong was found.
+RECIPES = {
+    "textbook": dict(
+        epochs=300, batch_size=64, lr=0.1, momentum=0.9, weight_decay=0.0, schedule="step", step_size=100, gamma=0.1,
+        crop=0.08, rotate=0.0, colour=0.0, grey=0.0, smoothing=0.0, average=0.0, balance=0.0, flip=False),
+    "strong": dict(
+        epochs=100, batch_size=64, lr=0.1, momentum=0.9, weight_decay=2e-3, schedule="one-cycle", step_size=100, gamma=0.1,
+        crop=0.4, rotate=15.0, colour=0.3, grey=0.3, smoothing=0.1, average=0.99, balance=0.5, flip=True),
+}
+WARM_UP = 0.25  # share of a one-cycle run in which the learning rate rises
 SAVE_SECONDS = 20  # a kill costs at most this much training
 
 
@@ -172,27 +184,26 @@ def load_data(data, rank=0, world=1):
     return classes, *loaded
 
 
-def random_boxes(n, generator, scale=SCALE, ratio=RATIO, device="cpu"):
+def random_boxes(n, generator, smallest=0.08):
     """Random crops of a square image, distributed as torchvision's ``RandomResizedCrop``.
 
     Parameters
     ----------
     n : int
     generator : torch.Generator
-    scale : (float, float)
-        Range of the crop's share of the image's area; uniform.
-    ratio : (float, float)
-        Range of width over height; uniform in its logarithm.
-    device : str or torch.device
+        Its device is the result's.
+    smallest : float
+        The crop's share of the image's area is uniform between this and 1; the logarithm of width over
+        height is uniform in that of `RATIO`.
 
     Returns
     -------
     float tensor of shape (n, 4)
         Centre x, centre y, half width, half height; the image spans -1 to 1.
     """
-    u = torch.rand(n, 22, generator=generator, device=device)
-    area = scale[0] + (scale[1] - scale[0]) * u[:, :10]
-    low, high = np.log(ratio[0]), np.log(ratio[1])
+    u = torch.rand(n, 22, generator=generator, device=generator.device)
+    area = smallest + (1 - smallest) * u[:, :10]
+    low, high = np.log(RATIO[0]), np.log(RATIO[1])
     aspect = (low + (high - low) * u[:, 10:20]).exp()
     half = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 2)
     # the first of ten tries that fits; the whole image where none does
@@ -204,14 +215,16 @@ def random_boxes(n, generator, scale=SCALE, ratio=RATIO, device="cpu"):
     return torch.cat([centre, half], 1)
 
 
-def resample(images, boxes, size=CROP_SIZE):
+def resample(images, boxes, angles=None, size=CROP_SIZE):
     """Cut boxes out of images and scale them to squares, in one bilinear pass.
 
     Parameters
     ----------
-    images : uint8 tensor of shape (N, 3, H, W)
+    images : uint8 tensor of shape (N, 3, H, W), H and W equal
     boxes : float tensor of shape (N, 4)
         As `random_boxes` makes them; a negative half width mirrors.
+    angles : float tensor of shape (N,), optional
+        Radians by which the boxes are turned about their centres; beyond the image its border continues.
     size : int
 
     Returns
@@ -219,22 +232,90 @@ def resample(images, boxes, size=CROP_SIZE):
     float32 tensor of shape (N, 3, size, size), values 0 to 255
     """
     line = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=boxes.device)
-    x = boxes[:, None, 0:1] + boxes[:, None, 2:3] * line
-    y = boxes[:, None, 1:2] + boxes[:, None, 3:4] * line
-    grid = torch.stack([x.expand(-1, size, -1), y.transpose(1, 2).expand(-1, -1, size)], 3)
+    x = (boxes[:, 2:3] * line)[:, None, :]
+    y = (boxes[:, 3:4] * line)[:, :, None]
+    if angles is not None:
+        cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
+        x, y = x * cos - y * sin, x * sin + y * cos
+    x, y = x + boxes[:, 0, None, None], y + boxes[:, 1, None, None]
+    grid = torch.stack([x.expand(-1, size, -1), y.expand(-1, -1, size)], 3)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
-def augment(images, generator):
-    """A random crop and, for every other image, a flip: uint8 N x 3 x 64 x 64 to network input N x 3 x 48 x 48."""
-    boxes = random_boxes(len(images), generator, device=images.device)
-    flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+def jitter(images, generator, strength, grey):
+    """Change brightness, contrast and saturation, each by a factor between 1 - strength and 1 + strength.
+
+    Parameters
+    ----------
+    images : float tensor of shape (N, 3, H, W), values 0 to 255
+    generator : torch.Generator
+    strength : float
+    grey : float
+        Share of the images that lose their colour.
+    """
+    u = torch.rand(4, len(images), 1, 1, 1, generator=generator, device=images.device)
+    brightness, contrast, saturation = 1 + strength * (2 * u[:3] - 1)
+    saturation = torch.where(u[3] < grey, torch.zeros_like(saturation), saturation)
+    luma = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    mean = luma.mean((2, 3), keepdim=True)
+    images = luma.lerp(images, saturation)
+    return mean.lerp(images, contrast).mul(brightness).clamp(0, 255)
+
+
+def augment(images, generator, args):
+    """Random crops, flips and what else the recipe asks for: uint8 N x 3 x 64 x 64 to network input N x 3 x 48 x 48."""
+    n, device = len(images), images.device
+    boxes = random_boxes(n, generator, args.crop)
+    flip = torch.rand(n, generator=generator, device=device) < 0.5
     boxes[:, 2] = torch.where(flip, -boxes[:, 2], boxes[:, 2])
-    return normalize(resample(images, boxes))
+    angles = None
+    if args.rotate:
+        angles = (2 * torch.rand(n, generator=generator, device=device) - 1) * (args.rotate * np.pi / 180)
+    pixels = resample(images, boxes, angles)
+    if args.colour or args.grey:
+        pixels = jitter(pixels, generator, args.colour, args.grey)
+    return normalize(pixels)
 
 
-def train_epoch(net, images, labels, optimizer, scheduler, batch_size, generator):
+class Average:
+    """Exponential moving average of a network's weights and statistics; young averages forget faster."""
+
+    def __init__(self, net, decay):
+        self.net = copy.deepcopy(net)
+        self.decay, self.steps = decay, 0
+
+    @torch.no_grad()
+    def update(self, net):
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        ours, theirs = self.net.state_dict(), net.state_dict()
+        keys = [key for key, value in ours.items() if value.is_floating_point()]
+        torch._foreach_lerp_([ours[key] for key in keys], [theirs[key] for key in keys], 1 - decay)
+
+
+def class_weights(counts, power):
+    """Weights of the classes in the loss: (mean count / count) ** power, so that rare classes count more.
+
+    Parameters
+    ----------
+    counts : int tensor of shape (nclass,), at least 1
+    power : float
+        0: all equal; 1: every class counts the same in sum.
+
+    Returns
+    -------
+    float tensor of shape (nclass,)
+    """
+    return (counts.sum() / (len(counts) * counts)).float() ** power
+
+
+def train_epoch(net, images, labels, optimizer, scheduler, batch_size, generator, args, weights, average=None):
     """One pass over the training set.
+
+    Parameters
+    ----------
+    weights : float tensor of shape (nclass,)
+        Of the classes in the loss.
 
     Returns
     -------
@@ -247,20 +328,27 @@ def train_epoch(net, images, labels, optimizer, scheduler, batch_size, generator
     order = torch.randperm(len(images), generator=generator, device=images.device)
     for batch in order.split(batch_size):
         target = labels[batch]
-        logits = net(augment(images[batch], generator))
-        loss = F.cross_entropy(logits, target)
+        logits = net(augment(images[batch], generator, args))
+        loss = F.cross_entropy(logits, target, weights, label_smoothing=args.smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
+        if average:
+            average.update(net.module if isinstance(net, DistributedDataParallel) else net)
         with torch.no_grad():
             sums += torch.stack([loss * len(batch), (logits.argmax(1) == target).sum(), sums.new_tensor(len(batch))])
     return sums
 
 
 @torch.inference_mode()
-def evaluate(net, images, labels, batch_size=512):
+def evaluate(net, images, labels, batch_size=512, flip=False):
     """Loss and predictions on validation images, uint8 N x 3 x 48 x 48.
+
+    Parameters
+    ----------
+    flip : bool
+        Average the logits of every image and its mirror image, as `net.predict` does for such a model.
 
     Returns
     -------
@@ -269,7 +357,7 @@ def evaluate(net, images, labels, batch_size=512):
     logits : float tensor of shape (N, nclass)
     """
     net.eval()
-    logits = torch.cat([net(normalize(batch)) for batch in images.split(batch_size)])
+    logits = torch.cat([logits_of(net, normalize(batch), flip) for batch in images.split(batch_size)])
     sums = torch.stack([
         F.cross_entropy(logits, labels, reduction="sum"),
         (logits.argmax(1) == labels).sum(),
@@ -323,10 +411,11 @@ class Run:
         self.unsaved = False
         self.saved_at = -SAVE_SECONDS
 
-    def record(self, net, optimizer, scheduler, scores):
+    def record(self, net, average, optimizer, scheduler, scores):
         """Note a finished epoch. Returns whether it is the best so far."""
         self.epoch, self.last = scores["epoch"], scores
-        weights = {key: value.clone() for key, value in net.state_dict().items()}
+        net = {key: value.clone() for key, value in net.state_dict().items()}
+        weights = {key: value.clone() for key, value in average.net.state_dict().items()} if average else net
         better = self.best is None or (scores["val_acc"], -scores["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"])
         if better:
             self.best, self.best_weights = scores, weights
@@ -335,7 +424,7 @@ class Run:
                              for i, s in momentum["state"].items()}
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
         self.state = {
-            "net": weights, "best_net": self.best_weights, "optimizer": momentum, "scheduler": scheduler.state_dict(),
+            "net": net, "average": weights if average else None, "best_net": self.best_weights, "optimizer": momentum, "scheduler": scheduler.state_dict(),
             "epoch": self.epoch, "best": self.best, "last": self.last, "seconds": self.seconds,
             "classes": list(self.classes), "args": settings, "log_dir": self.log_dir,
         }
@@ -354,14 +443,17 @@ class Run:
         net.classes = self.classes
         settings = {k: v for k, v in self.state["args"].items() if k not in {"resume", "data", "logs", "models", "device"}}
         save_model(
-            net, self.args.models / "model.pt", best=self.best, last=self.last, images=self.sizes,
+            net, self.args.models / "model.pt", flip=self.args.flip, best=self.best, last=self.last, images=self.sizes,
             settings=settings, seconds=round(self.seconds, 1), torch=torch.__version__,
             command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=self.log_dir)
         self.unsaved = False
         self.saved_at = time.perf_counter()
 
-    def restore(self, state, net, optimizer, scheduler):
+    def restore(self, state, net, average, optimizer, scheduler):
         net.load_state_dict(state["net"])
+        if average:
+            average.net.load_state_dict(state["average"])
+            average.steps = state["scheduler"]["last_epoch"]
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
@@ -408,14 +500,24 @@ def train(args):
 
     torch.manual_seed(args.seed)
     net = simpleconv3(len(classes)).to(device)
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
+    one_cycle = args.schedule == "one-cycle"
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=one_cycle, fused=True)
     share = args.batch_size // world
     steps = -(-len(images) // share)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size * steps, args.gamma)
+    if one_cycle:
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, args.lr, args.epochs * steps, pct_start=WARM_UP, cycle_momentum=False)
+    else:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size * steps, args.gamma)
+    average = Average(net, args.average) if args.average else None
     run = Run(args, classes, sizes)
     if resumed:
-        run.restore(resumed, net, optimizer, scheduler)
+        run.restore(resumed, net, average, optimizer, scheduler)
+    if resumed and one_cycle and args.epochs != resumed["args"]["epochs"]:
+        raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {resumed['args']['epochs']} epochs cannot be resumed for another number")
+    judged = average.net if average else net  # what is validated and saved
     model = DistributedDataParallel(net) if world > 1 else net
+    weights = class_weights(torch.bincount(labels, minlength=len(classes)), args.balance)
 
     log = None
     if rank == 0:
@@ -424,7 +526,7 @@ def train(args):
               + (f", {world} processes" if world > 1 else "") + (f"; resuming after epoch {run.epoch}" if resumed else ""))
         log = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if resumed else None)
         if not resumed:
-            sample = augment(images[torch.linspace(0, len(images) - 1, 64).long()], torch.Generator(device).manual_seed(0))
+            sample = augment(images[torch.linspace(0, len(images) - 1, 64).long()], torch.Generator(device).manual_seed(0), args)
             log.add_images("augmented training crops", sample / 2 + 0.5, 0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # add_graph traces, which torch calls deprecated
@@ -436,12 +538,12 @@ def train(args):
             # seeded by epoch and rank, so that a resumed run draws what an undisturbed one would have
             generator = torch.Generator(device).manual_seed((args.seed * 100_003 + epoch) * 4_099 + rank)
             times = [time.perf_counter()]
-            sums = [train_epoch(model, images, labels, optimizer, scheduler, share, generator)]
+            sums = [train_epoch(model, images, labels, optimizer, scheduler, share, generator, args, weights, average)]
             if world > 1:
                 dist.all_reduce(sums[0])
             train_loss, train_acc, train_n = sums[0].tolist()
             times.append(time.perf_counter())
-            val_sums, logits = evaluate(net, val_images, val_labels)
+            val_sums, logits = evaluate(judged, val_images, val_labels, flip=args.flip)
             if world > 1:
                 dist.all_reduce(val_sums)
             val_loss, val_acc, val_n = val_sums.tolist()
@@ -453,7 +555,7 @@ def train(args):
             run.seconds += times[2] - times[0]
             if rank:
                 continue
-            better = run.record(net, optimizer, scheduler, scores)
+            better = run.record(net, average, optimizer, scheduler, scores)
             tqdm.write(
                 f"epoch {epoch:3}/{args.epochs}  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
                 f" {train_n / (times[1] - times[0]):7,.0f}/s  val loss {scores['val_loss']:.4f}"
@@ -464,8 +566,8 @@ def train(args):
             if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
                 matrix = confusion_matrix(logits.argmax(1), val_labels, len(classes))
                 log.add_image("confusion matrix", draw_matrix(matrix, classes), epoch, dataformats="HWC")
-                for name, weights in net.named_parameters():
-                    log.add_histogram(name.replace(".", "/"), weights, epoch)
+                for name, parameter in net.named_parameters():
+                    log.add_histogram(name.replace(".", "/"), parameter, epoch)
     finally:
         bar.close()
         if rank == 0:
@@ -476,14 +578,30 @@ def train(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="over all processes (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1, metavar="LR", help="learning rate at the start (default: %(default)s)")
-    parser.add_argument("--momentum", type=float, default=0.9, metavar="M", help="(default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="W", help="(default: %(default)s)")
-    parser.add_argument("--step-size", type=int, default=100, metavar="N",
-                        help="epochs after which the learning rate drops (default: %(default)s)")
-    parser.add_argument("--gamma", type=float, default=0.1, metavar="G", help="and by which factor (default: %(default)s)")
+    recipe = parser.add_argument_group("recipe", "each flag overrides what --recipe sets; defaults for textbook / strong")
+
+    def setting(flag, help, **more):
+        values = [RECIPES[name][flag.strip("-").replace("-", "_")] for name in RECIPES]
+        recipe.add_argument(flag, help=f"{help} ({values[0]:g} / {values[1]:g})" if not isinstance(values[0], str) else f"{help} ({values[0]} / {values[1]})", **more)
+
+    recipe.add_argument("--recipe", choices=RECIPES, default="textbook",
+                        help="textbook: as printed there; strong: better, in fewer epochs (default: %(default)s)")
+    setting("--epochs", "passes over the training set", type=int, metavar="N")
+    setting("--batch-size", "over all processes", type=int, metavar="N")
+    setting("--lr", "highest learning rate", type=float, metavar="LR")
+    setting("--momentum", "of SGD; Nesterov's with one-cycle", type=float, metavar="M")
+    setting("--weight-decay", "of SGD", type=float, metavar="W")
+    setting("--schedule", "of the learning rate", choices=["step", "one-cycle"])
+    setting("--step-size", "epochs after which it drops, with step", type=int, metavar="N")
+    setting("--gamma", "and by which factor", type=float, metavar="G")
+    setting("--crop", "least share of the area that a random crop keeps", type=float, metavar="A")
+    setting("--rotate", "random turns up to this many degrees", type=float, metavar="D")
+    setting("--colour", "random change of brightness, contrast, saturation", type=float, metavar="C")
+    setting("--grey", "share of images that lose their colour", type=float, metavar="P")
+    setting("--smoothing", "of the labels", type=float, metavar="S")
+    setting("--average", "decay of a moving average of the weights, which is then the model; 0: none", type=float, metavar="D")
+    setting("--balance", "how much more rare classes count; 1: all classes the same in sum", type=float, metavar="P")
+    setting("--flip", "predict the mean of a crop and its mirror image", action=argparse.BooleanOptionalAction)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the accelerator where there is one)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="holds train/ and val/ (default: %(default)s)")
@@ -491,6 +609,8 @@ def parse_args(argv=None):
     parser.add_argument("--models", type=Path, default=Path("models"), help="for model.pt and model.json (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help=f"go on from <models>/{CHECKPOINT} with that run's settings, but for those given here")
+    args = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
     if args.resume:
         stored = read_checkpoint(args.models / CHECKPOINT)["args"]

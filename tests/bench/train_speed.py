@@ -1,0 +1,151 @@
+"""Seconds an epoch: the textbook's loop, train.py, and the network alone on ready batches, in one run.
+
+    python tests/bench/train_speed.py              13,577 + 1,509 crops of 128 x 128, about 4 minutes
+    python tests/bench/train_speed.py --growth     how train.py's time and memory grow with the images
+
+The crops are smooth noise: the time does not depend on what they show. Each measurement is a process of
+its own; they take turns, and medians are printed. Run it on a quiet machine.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+
+def make_crops(data, n):
+    """n crops in data/train and data/val, nine to one, four classes."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        folder = data / ("val" if i % 10 == 0 else "train") / "abcd"[i // 10 % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        noise.resize((128, 128), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=95)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def textbook(data, epochs):
+    from textbook import folders, train_textbook
+
+    times = [0, *(seconds for seconds, _ in train_textbook(*folders(data), 4, epochs))]
+    return {"epoch": min(np.diff(times))}
+
+
+def ours(data, epochs, mapped=False):
+    import torch
+
+    import train
+
+    imported = peak()
+    if mapped:
+        train.free_memory = lambda: 0
+    with tempfile.TemporaryDirectory() as folder:
+        args = train.parse_args(["--data", str(data), "--device", "cpu", "--epochs", str(epochs),
+                                 "--logs", f"{folder}/logs", "--models", f"{folder}/models"])
+        start = time.perf_counter()
+        train.load_data(args.data)
+        decode = time.perf_counter() - start
+        marks, real = [time.perf_counter()], train.Run.record
+
+        def record(*args):
+            marks.append(time.perf_counter())  # a whole epoch: training, validation, log and best weights
+            return real(*args)
+
+        train.Run.record = record
+        train.train(args)
+    return {"epoch": min(np.diff(marks[1:])), "decode": decode, "peak": peak(), "imported": imported, "torch": torch.__version__}
+
+
+def network(data, epochs):
+    import torch
+    import torch.nn.functional as F
+
+    from net import simpleconv3
+
+    steps, checks = (-(-sum(1 for _ in (data / part).glob("*/*")) // 64) for part in ("train", "val"))
+    net = simpleconv3(4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, fused=True)
+    images, labels = torch.randn(64, 3, 48, 48), torch.randint(0, 4, (64,))
+    times = []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        net.train()
+        for _ in range(steps):
+            loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        net.eval()
+        with torch.inference_mode():
+            for _ in range(checks):
+                net(images)
+        times.append(time.perf_counter() - start)
+    return {"epoch": min(times)}
+
+
+def measure(part, data, epochs, *more):
+    done = subprocess.run([sys.executable, __file__, "--part", part, "--data", str(data), "--epochs", str(epochs), *more],
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=15086, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--growth", action="store_true", help="1x, 4x and 16x of 2,000 images, in memory and mapped")
+    parser.add_argument("--part", choices=["textbook", "ours", "mapped", "network"], help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=int, default=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        result = ours(args.data, args.epochs, True) if args.part == "mapped" else globals()[args.part](args.data, args.epochs)
+        print("\n" + json.dumps({k: v if isinstance(v, str) else float(v) for k, v in result.items()}))
+        return
+    print(f"{os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.growth:
+            print(f"{'images':>8}{'s/epoch':>10}{'peak MB':>10}{'mapped s/epoch':>16}{'peak MB':>10}")
+            for n in (2000, 8000, 32000):
+                data = Path(folder) / str(n)
+                make_crops(data, n)
+                rounds = [(measure("ours", data, 4), measure("mapped", data, 4)) for _ in range(args.rounds)]
+                row = [statistics.median(r[i][key] for r in rounds) for i in (0, 1) for key in ("epoch", "peak")]
+                print(f"{n:8}{row[0]:10.2f}{row[1]:10.0f}{row[2]:16.2f}{row[3]:10.0f}", flush=True)
+            return
+        data = Path(folder)
+        make_crops(data, args.images)
+        rounds = [{part: measure(part, data, epochs) for part, epochs in (("textbook", 2), ("ours", 4), ("network", 3))}
+                  for _ in range(args.rounds)]
+        for r in rounds:
+            r["ratio"] = {"textbook": r["textbook"]["epoch"] / r["ours"]["epoch"], "network": r["ours"]["epoch"] / r["network"]["epoch"]}
+
+        def median(*keys):
+            return statistics.median(r[keys[0]][keys[1]] for r in rounds)
+
+        for part in ("textbook", "ours", "network"):
+            print(f"{part:9} {median(part, 'epoch'):6.2f} s an epoch")
+        print(f"train.py is {median('ratio', 'textbook'):.2f} times as fast as the textbook's loop and takes "
+              f"{median('ratio', 'network'):.2f} times what the network alone takes")
+        print(f"decoding {args.images:,} crops {median('ours', 'decode'):.1f} s; peak memory {median('ours', 'peak'):.0f} MB, "
+              f"of which {median('ours', 'imported'):.0f} MB are there once torch is imported")
+
+
+if __name__ == "__main__":
+    main()
