@@ -2,6 +2,7 @@
 
     python preprocess_lips.py                        data/raw/<class>/* to data/lips/<class>/*.jpg
     python preprocess_lips.py photos crops           the same for other folders
+    torchrun --nproc_per_node=4 preprocess_lips.py   shares the photos out, on one machine or many with one disk
 
 Every file in a class folder, at any depth, is tried as an image, whatever its name says. Crops are
 128 x 128 JPEGs named after their photo's content; manifest.csv says for every photo what became of it,
@@ -659,30 +660,46 @@ def preprocess(photos, crops, workers):
     Returns
     -------
     (rows, new) : list of dict, int
-        The manifest, and how many photos were looked at in this run.
+        The manifest, and how many photos this process looked at. With RANK and WORLD_SIZE in the
+        environment, as torchrun sets them, each process does its share and the first one, when all are
+        done, writes the manifest; the others return None for it.
     """
     sources = dict(list_photos(photos))
     if not sources:
         raise FileNotFoundError(f"{photos}: no photos in class folders; put them in {photos}/<class>/, one folder a class")
-    manifest, journal = crops / MANIFEST, crops / JOURNAL
-    before = read_csv(manifest)
-    rows = {row["source"]: row for row in (*before, *_read_journal(journal)) if _reusable(row, photos, crops)}
-    rows = {source: row for source, row in rows.items() if sources.get(source) == row["class"]}
-    tasks = [(photos, crops, source, label) for source, label in sources.items() if source not in rows]
-    write_file(journal, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
-    with open(journal, "a", encoding="utf-8") as log, tqdm(total=len(tasks), unit="photo", disable=None if tasks else True) as bar:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    before = read_csv(crops / MANIFEST)
+
+    def known():
+        """What earlier runs and the other processes of this one have done."""
+        journals = [row for path in crops.glob(f"{JOURNAL}*") for row in _read_journal(path)]
+        rows = {row["source"]: row for row in (*before, *journals) if sources.get(row["source"]) == row["class"]}
+        return {source: row for source, row in rows.items() if _reusable(row, photos, crops)}
+
+    rows = known()
+    share = list(sources.items())[rank::world]
+    tasks = [(photos, crops, source, label) for source, label in share if source not in rows]
+    journal = crops / f"{JOURNAL}{rank}"
+    write_file(journal, "".join(json.dumps(rows[source]) + "\n" for source, _ in share if source in rows).encode())
+    with open(journal, "a", encoding="utf-8") as log, tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
         for some in run_parallel(tasks, workers):
             rows |= {row["source"]: row for row in some}
             log.write("".join(json.dumps(row) + "\n" for row in some))
             log.flush()
             bar.update(len(some))
+    if rank:
+        return None, len(tasks)
+    while len(rows) < len(sources):  # the other processes write their journals on the same disk
+        time.sleep(0.5)
+        rows |= known()
     final = settle(rows.values())
     keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
     for row in (*before, *final):
         if row["crop"] and (row["class"], row["crop"]) not in keep:
             (crops / row["class"] / row["crop"]).unlink(missing_ok=True)
-    write_csv(manifest, COLUMNS, final)
-    journal.unlink()
+    write_csv(crops / MANIFEST, COLUMNS, final)
+    for path in crops.glob(f"{JOURNAL}*"):
+        path.unlink(missing_ok=True)
     return final, len(tasks)
 
 
@@ -692,8 +709,8 @@ def main(argv=None):
                         help="folder with one folder of photos a class (default: %(default)s)")
     parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
                         help="where the crops go, in the same class folders (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=cores(), metavar="N",
-                        help="processes (default: one a core, here %(default)s)")
+    parser.add_argument("--workers", type=int, default=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+                        metavar="N", help="processes (default: one a core, here %(default)s)")
     args = parser.parse_args(argv)
     try:
         if not args.photos.is_dir():
@@ -702,6 +719,8 @@ def main(argv=None):
         start = time.perf_counter()
         rows, new = preprocess(args.photos, args.crops, max(1, args.workers))
         seconds = time.perf_counter() - start
+        if rows is None:
+            return
         print(*table(rows), sep="\n")
         print(f"{new} new photos in {seconds:.1f} s, {len(rows) - new} known from before")
         if not any(row["status"] == "ok" for row in rows):

@@ -1,6 +1,9 @@
-import csv
 import io
+import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import SHARED, shared
+from conftest import ROOT, SHARED, shared
 from preprocess_lips import COLUMNS, cut, main, mouth_box, read_csv, read_photo, settle
 
 
@@ -235,10 +238,39 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="the same command goes on"):
         main([str(photos), str(crops)])
     monkeypatch.undo()
-    with open(crops / "manifest.csv.part", "a") as journal:
+    with open(crops / "manifest.csv.part0", "a") as journal:
         journal.write('{"source": "0none/s01')  # a line that a kill cut short
     main([str(photos), str(crops)])
     assert "19 new photos" in capsys.readouterr().out and len(rows_of(crops)) == 24
+
+
+def test_processes_of_one_job_share_the_photos_and_merge_their_manifests(photos, tmp_path, shell):
+    main([str(photos), str(tmp_path / "alone")])
+    ranks = [subprocess.Popen([sys.executable, str(ROOT / "preprocess_lips.py"), str(photos), str(tmp_path / "shared"), "--workers", "1"],
+                              env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"}, stdout=subprocess.PIPE, text=True)
+             for rank in (2, 0, 1)]
+    out = [process.communicate(timeout=100)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0, 0] and out[0] == out[2] == "" and "8 new photos" in out[1]
+    files = [{p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in ("alone", "shared")]
+    assert files[0] == files[1]
+
+
+def test_a_photo_that_kills_its_worker_costs_only_itself(photos, tmp_path, monkeypatch):
+    import preprocess_lips
+
+    real = preprocess_lips.process_photo
+
+    def deadly(cropper, photos, crops, source, label):
+        if source == "0none/s02_2.png":
+            os.kill(os.getpid(), 9)
+        return real(cropper, photos, crops, source, label)
+
+    monkeypatch.setattr(preprocess_lips, "process_photo", deadly)
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("the patch reaches forked workers only")
+    main([str(photos), str(tmp_path / "crops"), "--workers", "2"])
+    status = {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()}
+    assert status.pop("0none/s02_2.png") == "unreadable" and set(status.values()) == {"ok"} and len(status) == 23
 
 
 def test_settle_keeps_the_first_copy_whatever_the_order():
