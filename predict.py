@@ -206,30 +206,65 @@ def evaluation_table(scores):
         lines.append(name.ljust(width) + "".join(f"{n:14}" for n in row))
     lines += ["", f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
                   f" on {scores['images']} images" + (f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else "")]
+    if scores["contradicted"]:
+        lines += ["", "most confidently contradicted (wrong labels are among them; --save DIR shows all):"]
+        lines += [f"  {one['source']}  {one['label']} {one['probability']:.1%}" for one in scores["contradicted"][:8]]
     return lines
 
 
 def run_evaluation(folder, model, crops):
-    """Scores of a model on a folder of class folders; see `evaluate`, and ``skipped``, photos without a face."""
+    """Score a model on a folder of class folders.
+
+    Returns
+    -------
+    scores : dict
+        As `evaluate` returns it, with ``skipped``, the number of photos without a face, and ``contradicted``,
+        the photos whose folder the model contradicts, most confident first: wrong labels are among them.
+    against : list of (float, Result, str, str)
+        The same, as probability, result, folder and label.
+    """
     files = list_inputs([folder])
     unknown = sorted({path.parts[0] for _, path in files} - set(model.classes))
     if unknown:
         raise ValueError(f"{folder}: holds {unknown[0]}, which is none of the model's classes ({', '.join(model.classes)})")
-    pairs, skipped = [], 0
+    pairs, skipped, against = [], 0, []
     results = predict_photos([file for file, _ in files], model, crops)
     for (_, path), result in zip(files, tqdm(results, total=len(files), unit="photo", leave=False, disable=None)):
         if result.error:
             skipped += 1
         else:
-            pairs.append((model.classes.index(path.parts[0]), int(result.probabilities[0].argmax())))
-    return evaluate(pairs, model.classes) | {"skipped": skipped}
+            row = result.probabilities[0]
+            truth, guess = model.classes.index(path.parts[0]), int(row.argmax())
+            pairs.append((truth, guess))
+            if truth != guess:
+                against.append((float(row[guess]), result, model.classes[truth], model.classes[guess]))
+    against.sort(key=lambda one: -one[0])
+    scores = evaluate(pairs, model.classes) | {"skipped": skipped, "contradicted": [
+        {"source": str(result.source), "folder": truth, "label": guess, "probability": round(p, 4)} for p, result, truth, guess in against]}
+    return scores, against
+
+
+def contradictions_sheet(against, side=150, columns=6, most=48):
+    """Mouths that the model contradicts, most confident first, with folder, label and probability: PIL image."""
+    against = against[:most]
+    rows = -(-len(against) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + 40)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (p, result, truth, guess) in enumerate(against):
+        x, y = i % columns * side, i // columns * (side + 40)
+        sheet.paste(Image.fromarray(result.faces[0].crop).resize((side - 4, side - 4)), (x + 2, y + 2))
+        for line, text in enumerate((f"in {truth}", f"not {guess} {p:.0%}?")):
+            font, text = label_font(text, 13)
+            draw.text((x + 4, y + side + 18 * line), text, "black" if line == 0 else "firebrick", font)
+    return sheet
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="photos or folders of photos")
     parser.add_argument("--model", type=Path, default=Path("models/model.pt"), help="(default: %(default)s)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write annotated copies of the photos there")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write annotated copies of the photos there, or with --evaluate\n"
+                        "a picture of the mouths that the model contradicts")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of words")
     parser.add_argument("--crops", action="store_true", help="the images are mouth crops, not photos")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="score the model on a folder of class folders")
@@ -241,8 +276,12 @@ def main(argv=None):
         if args.evaluate:
             if not args.evaluate.is_dir():
                 raise FileNotFoundError(f"{args.evaluate}: no such folder")
-            scores = run_evaluation(args.evaluate, model, args.crops)
+            scores, against = run_evaluation(args.evaluate, model, args.crops)
             print(json.dumps(scores, ensure_ascii=False) if args.json else "\n".join(evaluation_table(scores)))
+            if args.save and against:
+                sheet = args.save / "contradictions.jpg"
+                save_jpeg(contradictions_sheet(against), sheet)
+                print(f"the mouths that the model contradicts: {sheet}", file=sys.stderr if args.json else sys.stdout)
         if args.inputs:
             predict_and_print(args, model)
     except KeyboardInterrupt:
@@ -251,6 +290,12 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def save_jpeg(picture, path):
+    jpeg = io.BytesIO()
+    picture.save(jpeg, "JPEG", quality=92)
+    write_file(path, jpeg.getvalue())
 
 
 def predict_and_print(args, model):
@@ -277,9 +322,7 @@ def predict_and_print(args, model):
                     target = args.save / relative.with_name(f"{relative.stem}_{n}.jpg")
                     n += 1
                 used.add(target)
-                jpeg = io.BytesIO()
-                annotate(read_photo(result.source), result.faces, result.probabilities, model.classes).save(jpeg, "JPEG", quality=92)
-                write_file(target, jpeg.getvalue())
+                save_jpeg(annotate(read_photo(result.source), result.faces, result.probabilities, model.classes), target)
             bar.update()
     if not args.json:
         print(f"{faces} faces in {photos} of {len(files)} photos" + (f"; annotated copies in {args.save}" if args.save else ""))

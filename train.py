@@ -15,6 +15,7 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -49,6 +50,7 @@ RECIPES = {
         crop=0.4, rotate=15.0, colour=0.3, grey=0.3, smoothing=0.1, average=0.99, balance=0.5, flip=True),
 }
 WARM_UP = 0.25  # share of a one-cycle run in which the learning rate rises
+MAX_CALIBRATION_ERROR = 0.05  # beyond it a temperature is fitted on the validation images
 SAVE_SECONDS = 20  # a kill costs at most this much training
 
 
@@ -309,6 +311,13 @@ def class_weights(counts, power):
     return (counts.sum() / (len(counts) * counts)).float() ** power
 
 
+def one_cycle_factor(done):
+    """Share of the highest learning rate when `done` (0 to 1) of a run is over: up and down along cosines."""
+    if done < WARM_UP:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * done / WARM_UP)) / 2
+    return (1 + math.cos(math.pi * (min(done, 1) - WARM_UP) / (1 - WARM_UP))) / 2
+
+
 def train_epoch(net, images, labels, optimizer, scheduler, batch_size, generator, args, weights, average=None):
     """One pass over the training set.
 
@@ -352,23 +361,50 @@ def evaluate(net, images, labels, batch_size=512, flip=False):
 
     Returns
     -------
-    sums : float tensor of 3
-        As `train_epoch` returns it.
+    loss : float tensor
+        Sum over the samples.
+    matrix : float tensor of shape (nclass, nclass)
+        The confusion matrix: counts, rows are true classes, columns predicted ones.
     logits : float tensor of shape (N, nclass)
     """
     net.eval()
     logits = torch.cat([logits_of(net, normalize(batch), flip) for batch in images.split(batch_size)])
-    sums = torch.stack([
-        F.cross_entropy(logits, labels, reduction="sum"),
-        (logits.argmax(1) == labels).sum(),
-        torch.tensor(len(labels), device=labels.device),
-    ])
-    return sums, logits
+    return F.cross_entropy(logits, labels, reduction="sum"), confusion_matrix(logits.argmax(1), labels, logits.shape[1]), logits
 
 
 def confusion_matrix(predicted, labels, nclass):
-    """Counts, int64 nclass x nclass: rows are true classes, columns predicted ones."""
-    return torch.bincount(labels.cpu() * nclass + predicted.cpu(), minlength=nclass**2).view(nclass, nclass)
+    """Counts, float nclass x nclass: rows are true classes, columns predicted ones."""
+    return torch.bincount(labels * nclass + predicted, minlength=nclass**2).view(nclass, nclass).float()
+
+
+def calibration_error(probabilities, labels, bins=15):
+    """Expected calibration error: mean distance of confidence and accuracy over bins of confidence.
+
+    Parameters
+    ----------
+    probabilities : float tensor of shape (N, nclass), rows that sum to 1
+    labels : int64 tensor of shape (N,)
+    bins : int
+
+    Returns
+    -------
+    float
+        0 (as sure as right) to 1. After Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+    confidence, predicted = probabilities.max(1)
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    gap = (predicted == labels).float() - confidence
+    return float(torch.zeros(bins, device=gap.device).index_add(0, place, gap).abs().sum() / len(labels))
+
+
+def fit_temperature(logits, labels):
+    """The number by which logits must be divided so that their softmax fits the labels best: 0.2 to 5.
+
+    From the same paper; the cross-entropy is computed for 200 temperatures and the best one taken.
+    """
+    temperatures = torch.logspace(-0.7, 0.7, 200, device=logits.device)
+    losses = torch.stack([F.cross_entropy(logits / t, labels) for t in temperatures])
+    return float(temperatures[losses.argmin()])
 
 
 def draw_matrix(matrix, classes, cell=84):
@@ -380,6 +416,7 @@ def draw_matrix(matrix, classes, cell=84):
     picture = Image.new("RGB", (left + side + 12, side + 56), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((8, 8), "true (rows), predicted (columns)", "grey", font)
+    matrix = matrix.cpu()
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     for i, name in enumerate(names):
         y = 52 + i * cell
@@ -411,14 +448,18 @@ class Run:
         self.unsaved = False
         self.saved_at = -SAVE_SECONDS
 
-    def record(self, net, average, optimizer, scheduler, scores):
+    def record(self, net, average, optimizer, scheduler, scores, logits, labels):
         """Note a finished epoch. Returns whether it is the best so far."""
         self.epoch, self.last = scores["epoch"], scores
         net = {key: value.clone() for key, value in net.state_dict().items()}
         weights = {key: value.clone() for key, value in average.net.state_dict().items()} if average else net
         better = self.best is None or (scores["val_acc"], -scores["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"])
         if better:
-            self.best, self.best_weights = scores, weights
+            error, temperature = calibration_error(logits.softmax(1), labels), 1.0
+            if error > MAX_CALIBRATION_ERROR:
+                temperature = fit_temperature(logits, labels)
+            self.best = scores | {"calibration_error": round(error, 4), "temperature": round(temperature, 4)}
+            self.best_weights = weights
         momentum = optimizer.state_dict()
         momentum["state"] = {i: {k: v.clone() if torch.is_tensor(v) else v for k, v in s.items()}
                              for i, s in momentum["state"].items()}
@@ -443,7 +484,7 @@ class Run:
         net.classes = self.classes
         settings = {k: v for k, v in self.state["args"].items() if k not in {"resume", "data", "logs", "models", "device"}}
         save_model(
-            net, self.args.models / "model.pt", flip=self.args.flip, best=self.best, last=self.last, images=self.sizes,
+            net, self.args.models / "model.pt", flip=self.args.flip, temperature=self.best["temperature"], best=self.best, last=self.last, images=self.sizes,
             settings=settings, seconds=round(self.seconds, 1), torch=torch.__version__,
             command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=self.log_dir)
         self.unsaved = False
@@ -505,8 +546,8 @@ def train(args):
     share = args.batch_size // world
     steps = -(-len(images) // share)
     if one_cycle:
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, args.lr, args.epochs * steps, pct_start=WARM_UP, cycle_momentum=False)
+        # torch's OneCycleLR divides by zero in runs of a few steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle_factor(step / (args.epochs * steps)))
     else:
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size * steps, args.gamma)
     average = Average(net, args.average) if args.average else None
@@ -543,28 +584,30 @@ def train(args):
                 dist.all_reduce(sums[0])
             train_loss, train_acc, train_n = sums[0].tolist()
             times.append(time.perf_counter())
-            val_sums, logits = evaluate(judged, val_images, val_labels, flip=args.flip)
+            val_loss, matrix, logits = evaluate(judged, val_images, val_labels, flip=args.flip)
             if world > 1:
-                dist.all_reduce(val_sums)
-            val_loss, val_acc, val_n = val_sums.tolist()
+                dist.all_reduce(val_loss)
+                dist.all_reduce(matrix)
+            val_n = sizes["val"]
+            val_loss, recalls = float(val_loss), matrix.diagonal() / matrix.sum(1)
             times.append(time.perf_counter())
             scores = {"epoch": epoch, "train_loss": train_loss / train_n, "train_acc": train_acc / train_n,
-                      "val_loss": val_loss / val_n, "val_acc": val_acc / val_n}
+                      "val_loss": val_loss / val_n, "val_acc": float(matrix.trace()) / val_n, "val_balanced": float(recalls.mean())}
             if not np.isfinite(scores["train_loss"]):
                 raise ValueError(f"epoch {epoch}: the loss is no longer a number; try a lower --lr than {args.lr:g}")
             run.seconds += times[2] - times[0]
             if rank:
                 continue
-            better = run.record(net, average, optimizer, scheduler, scores)
+            better = run.record(net, average, optimizer, scheduler, scores, logits, val_labels)
             tqdm.write(
                 f"epoch {epoch:3}/{args.epochs}  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
                 f" {train_n / (times[1] - times[0]):7,.0f}/s  val loss {scores['val_loss']:.4f}"
                 f" acc {scores['val_acc']:7.2%} {val_n / (times[2] - times[1]):7,.0f}/s{'  best' if better else ''}", file=sys.stdout)
             for tag in ("train_loss", "train_acc", "val_loss", "val_acc"):
                 log.add_scalar(f"data/{tag.replace('_', '')}", scores[tag], epoch)
+            log.add_scalar("data/valbalanced", scores["val_balanced"], epoch)
             log.add_scalar("learning rate", lr, epoch)
             if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
-                matrix = confusion_matrix(logits.argmax(1), val_labels, len(classes))
                 log.add_image("confusion matrix", draw_matrix(matrix, classes), epoch, dataformats="HWC")
                 for name, parameter in net.named_parameters():
                     log.add_histogram(name.replace(".", "/"), parameter, epoch)
@@ -637,7 +680,7 @@ def main(argv=None):
             dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
         best = run.best
-        print(f"best: {best['val_acc']:.2%} of {run.sizes['val']:,} validation images, epoch {best['epoch']}; "
+        print(f"best: {best['val_acc']:.2%} of {run.sizes['val']:,} validation images (balanced over the classes {best['val_balanced']:.2%}), epoch {best['epoch']}; "
               f"last: {run.last['val_acc']:.2%}; {run.seconds:.0f} s of training")
         print(f"weights in {run.args.models / 'model.pt'}, the rest in {run.args.models / 'model.json'}; "
               f"curves: tensorboard --logdir {run.args.logs}")

@@ -100,7 +100,13 @@ def test_evaluate_prints_a_table_or_one_object(shell, model, photos, tmp_path):
     Image.new("RGB", (200, 200), "green").save(photos / "0none" / "meadow.jpg")
     out = shell("predict.py", "--evaluate", "data/raw").stdout
     assert "precision" in out and "balanced accuracy" in out and "on 24 images; 1 without a face" in out
-    scores = json.loads(shell("predict.py", "--evaluate", "data/raw", "--json").stdout)
+    scores = json.loads(shell("predict.py", "--evaluate", "data/raw", "--json", "--save", "seen").stdout)
+    against = scores["contradicted"]
+    assert len(against) == 24 - round(24 * scores["accuracy"]) > 0
+    assert [one["probability"] for one in against] == sorted((one["probability"] for one in against), reverse=True)
+    assert all(one["folder"] in one["source"] and one["folder"] != one["label"] for one in against)
+    with Image.open(tmp_path / "seen" / "contradictions.jpg") as sheet:
+        assert sheet.width == 900
     assert scores["images"] == 24 and scores["skipped"] == 1 and len(scores["confusion"]) == 3
     assert scores["classes"]["0none"]["images"] == 12
 

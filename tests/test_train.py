@@ -83,20 +83,53 @@ def test_images_that_do_not_fit_in_memory_live_in_a_file(mouths, tmp_path, monke
     assert torch.equal(load_images(paths, 64, tmp_path, "train"), mapped) and not list(tmp_path.iterdir())
 
 
-def test_evaluate_sums_over_samples_whatever_the_batches(mouths):
+def test_evaluate_sums_over_samples_whatever_the_batches():
     torch.manual_seed(0)
     model, images, labels = simpleconv3(3), torch.randint(0, 256, (50, 3, 48, 48), dtype=torch.uint8), torch.randint(0, 3, (50,))
-    small, logits = evaluate(model, images, labels, batch_size=7)
-    large, _ = evaluate(model, images, labels)
+    small, matrix, logits = evaluate(model, images, labels, batch_size=7)
+    large, same, _ = evaluate(model, images, labels)
     torch.testing.assert_close(small, large)
-    assert small[1] == (logits.argmax(1) == labels).sum() and small[2] == 50
-    torch.testing.assert_close(small[0], torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    torch.testing.assert_close(small, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    assert torch.equal(matrix, same) and matrix.trace() == (logits.argmax(1) == labels).sum() and matrix.sum() == 50
+    _, _, mirrored = evaluate(model, images.flip(3), labels, flip=True)
+    torch.testing.assert_close(mirrored, evaluate(model, images, labels, flip=True)[2])
 
 
 def test_confusion_matrix_has_true_classes_in_rows():
     matrix = confusion_matrix(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2]), 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     assert draw_matrix(matrix, ("a", "嘴", "a long name of a class")).shape[2] == 3
+
+
+def test_calibration_error_by_hand_and_temperature_mends_it():
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
+    error = train.calibration_error(probabilities, torch.tensor([0, 1, 0]))
+    assert error == pytest.approx((2 * abs(0.5 - 0.9) + 1 * abs(1 - 0.6)) / 3)
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(4000, 3, generator=generator)
+    labels = torch.multinomial(true.softmax(1), 1, generator=generator)[:, 0]
+    assert train.fit_temperature(3 * true, labels) == pytest.approx(3, rel=0.1)
+    assert train.calibration_error((3 * true).softmax(1), labels) > 0.1 > 0.04 > train.calibration_error(true.softmax(1), labels)
+
+
+def test_rare_classes_weigh_more():
+    counts = torch.tensor([90, 10])
+    assert torch.equal(train.class_weights(counts, 0.0), torch.ones(2))
+    even = train.class_weights(counts, 1.0)
+    assert even[0] * 90 == pytest.approx(float(even[1] * 10))
+
+
+def test_augmentation_keeps_levels_and_mirrors_turn_about_the_centre(mouths):
+    paths = sorted((mouths / "data" / "train").glob("*/*.png"))
+    images = load_images(paths, 64, mouths / "cache")
+    for recipe in train.RECIPES:
+        args = train.parse_args(["--recipe", recipe])
+        batch = train.augment(images, torch.Generator().manual_seed(0), args)
+        assert batch.shape == (32, 3, 48, 48) and -1 <= batch.min() < batch.max() <= 1
+        assert torch.equal(batch, train.augment(images, torch.Generator().manual_seed(0), args))
+    whole = torch.tensor([[0.0, 0, 1, 1]]).expand(32, -1)
+    half_turn = resample(images, whole, torch.full((32,), np.pi))
+    torch.testing.assert_close(half_turn, resample(images, whole).flip(2, 3), atol=0.05, rtol=0)
 
 
 # --- whole runs
@@ -155,22 +188,41 @@ def test_model_pt_is_the_best_epoch_and_the_last_is_recorded(run, tmp_path, mout
     about = run("--epochs", 8, "--lr", 0.3)
     model = load_model(tmp_path / "models" / "model.pt")
     _, (images, labels) = train.load_data(mouths / "data")[1:]
-    sums, _ = evaluate(model, images, labels)
-    assert sums[1] / 8 == about["best"]["val_acc"] and about["last"]["epoch"] == 8
-    assert abs(sums[0] / 8 - about["best"]["val_loss"]) < 1e-5
+    loss, matrix, _ = evaluate(model, images, labels)
+    assert matrix.trace() / 8 == about["best"]["val_acc"] and about["last"]["epoch"] == 8
+    assert abs(loss / 8 - about["best"]["val_loss"]) < 1e-5
 
 
-def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path):
-    run("--epochs", 6, "--step-size", 4, "--models", "whole")
-    run("--epochs", 3, "--step-size", 4)
-    about = run("--resume", "--epochs", 6)
-    assert about["settings"]["step_size"] == 4  # from the checkpoint
+@pytest.mark.parametrize("recipe", ["textbook", "strong"])
+def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path, monkeypatch, recipe):
+    run("--recipe", recipe, "--epochs", 6, "--step-size", 4, "--models", "whole")
+    real = train.evaluate
+
+    def stop_in_the_fourth_epoch(*args, **more):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    calls = []
+    monkeypatch.setattr(train, "evaluate", stop_in_the_fourth_epoch)
+    with pytest.raises(SystemExit, match="--resume' goes on"):
+        run("--recipe", recipe, "--epochs", 6, "--step-size", 4)
+    monkeypatch.setattr(train, "evaluate", real)
+    about = run("--resume")
+    assert about["settings"]["step_size"] == 4 and about["settings"]["recipe"] == recipe  # from the checkpoint
     whole, resumed = (weights(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "models"))
     for part in ("net", "best_net"):
         assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
     assert whole["last"] == resumed["last"] and whole["best"] == resumed["best"]
     log = [p for p in (tmp_path / "logs").iterdir() if str(p.name) in resumed["log_dir"]][0]
     assert [e.step for e in scalars(log).Scalars("data/valacc")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_one_cycle_run_cannot_change_its_length_midway(run):
+    run("--recipe", "strong", "--epochs", 2)
+    with pytest.raises(SystemExit, match="cannot be resumed for another number"):
+        run("--resume", "--epochs", 3)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_path):

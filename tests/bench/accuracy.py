@@ -1,0 +1,106 @@
+"""Cross-validated accuracy of the recipes on a folder of mouth crops, last epoch, no picking of the best.
+
+    python tests/bench/accuracy.py CROPS                                     both recipes, 5 folds
+    python tests/bench/accuracy.py CROPS --group '([^/]+)_\\d+\\.'             persons apart
+    python tests/bench/accuracy.py CROPS --recipes textbook torchvision      train.py's data path beside torchvision's
+
+CROPS holds class folders; with a manifest.csv of preprocess_lips.py in it, the groups are taken from the
+photos' names. "torchvision" is the textbook's loop over torchvision's transforms on the same folds.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from net import simpleconv3  # noqa: E402
+from preprocess_lips import MANIFEST, read_csv  # noqa: E402
+from split_train_val import group_of, list_crops  # noqa: E402
+from textbook import folders, train_textbook  # noqa: E402
+
+
+def make_folds(labels, groups, k, seed):
+    """Fold of every crop: groups whole, classes as even as the groups allow."""
+    members = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    names = sorted(members)
+    np.random.default_rng(seed).shuffle(names)
+    names.sort(key=lambda name: -len(members[name]))
+    total = np.bincount(labels)
+    filled, fold = np.zeros((k, len(total))), np.zeros(len(labels), int)
+    for name in names:
+        counts = np.bincount(labels[members[name]], minlength=len(total))
+        best = min(range(k), key=lambda j: (((filled[j] + counts) / total).max() * k + ((filled[j] + counts) / total).sum() / 10))
+        filled[best] += counts
+        fold[members[name]] = best
+    return fold
+
+
+def one_fold(recipe, data, more):
+    """Accuracy, balanced accuracy, calibration error and seconds of one fold."""
+    start = time.perf_counter()
+    if recipe == "torchvision":
+        sets = folders(data)
+        for _, accuracy in train_textbook(*sets, len(sets[0].classes), train.RECIPES["textbook"]["epochs"], workers=2):
+            pass
+        return accuracy, float("nan"), float("nan"), time.perf_counter() - start
+    args = train.parse_args(["--recipe", recipe, "--data", str(data), "--logs", str(data / "logs"), "--models", str(data / "models"), *more])
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = train.train(args)
+    seconds = time.perf_counter() - start
+    net = simpleconv3(len(run.classes))
+    net.load_state_dict(run.state["average"] or run.state["net"])
+    _, _, (images, labels) = train.load_data(data)
+    _, _, logits = train.evaluate(net, images, labels, flip=args.flip)
+    return run.last["val_acc"], run.last["val_balanced"], train.calibration_error(logits.softmax(1), labels), seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("crops", type=Path)
+    parser.add_argument("--group", metavar="REGEX")
+    parser.add_argument("--folds", type=int, default=5, metavar="K", help="(default: %(default)s)")
+    parser.add_argument("--recipes", nargs="+", default=["textbook", "strong"], help="(default: both)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the folds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N")
+    args, more = parser.parse_known_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    files = list_crops(args.crops)
+    sources = {(row["class"], row["crop"]): row["source"] for row in read_csv(args.crops / MANIFEST)}
+    classes = sorted({label for label, _ in files})
+    labels = np.array([classes.index(label) for label, _ in files])
+    paths = [sources.get(file, "/".join(file)) for file in files]
+    groups = [group_of(path, re.compile(args.group)) for path in paths] if args.group else paths
+    fold = make_folds(labels, groups, args.folds, args.seed)
+    print(f"{len(files)} crops of {len(classes)} classes, {len(set(groups))} groups, {args.folds} folds")
+    for recipe in args.recipes:
+        rows = []
+        for k in range(args.folds):
+            with tempfile.TemporaryDirectory() as folder:
+                for (label, name), place in zip(files, fold):
+                    target = Path(folder) / ("val" if place == k else "train") / label
+                    target.mkdir(parents=True, exist_ok=True)
+                    os.symlink((args.crops / label / name).resolve(), target / name)
+                rows.append(one_fold(recipe, Path(folder), more))
+        accuracy, balanced, error, seconds = np.array(rows).T
+        print(f"{recipe:12} accuracy {accuracy.mean():.2%} ± {accuracy.std(ddof=1):.2%}   balanced {balanced.mean():.2%}   "
+              f"calibration error {error.mean():.1%}   {seconds.mean():.0f} s a fold   folds "
+              + " ".join(f"{a:.1%}" for a in accuracy), flush=True)
+
+
+if __name__ == "__main__":
+    main()
