@@ -22,6 +22,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import secrets
 import signal
@@ -505,7 +506,8 @@ def run_parallel(tasks, workers, chunk=16):
     waiting = [tasks[i:i + chunk] for i in range(0, len(tasks), chunk)][::-1]
     running = {}
     while waiting or running:
-        pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+        # spawn: a worker forked from a process in which OpenCV has run threads waits forever
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
         try:
             while waiting or running:
                 while waiting and len(running) < 3 * workers:

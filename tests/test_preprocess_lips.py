@@ -1,5 +1,4 @@
 import io
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -255,19 +254,16 @@ def test_processes_of_one_job_share_the_photos_and_merge_their_manifests(photos,
     assert files[0] == files[1]
 
 
-def test_a_photo_that_kills_its_worker_costs_only_itself(photos, tmp_path, monkeypatch):
+def deadly_work(tasks):
     import preprocess_lips
 
-    real = preprocess_lips.process_photo
+    if any(source == "0none/s02_2.png" for *_, source, _ in tasks):
+        os.kill(os.getpid(), 9)
+    return [preprocess_lips.process_photo(preprocess_lips._cropper, *task) for task in tasks]
 
-    def deadly(cropper, photos, crops, source, label):
-        if source == "0none/s02_2.png":
-            os.kill(os.getpid(), 9)
-        return real(cropper, photos, crops, source, label)
 
-    monkeypatch.setattr(preprocess_lips, "process_photo", deadly)
-    if multiprocessing.get_start_method() != "fork":
-        pytest.skip("the patch reaches forked workers only")
+def test_a_photo_that_kills_its_worker_costs_only_itself(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess_lips._work", deadly_work)
     main([str(photos), str(tmp_path / "crops"), "--workers", "2"])
     status = {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()}
     assert status.pop("0none/s02_2.png") == "unreadable" and set(status.values()) == {"ok"} and len(status) == 23
