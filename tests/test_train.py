@@ -68,6 +68,15 @@ def test_validation_pixels_are_torchvisions(mouths):
     assert torch.equal(load_images(paths, 48, mouths / "cache"), expected)
 
 
+def test_validation_pixels_of_jpegs_are_torchvisions_within_a_grey_level(mouths, tmp_path):
+    for path in (mouths / "data" / "val").glob("*/*.png"):
+        Image.open(path).save(tmp_path / f"{path.stem}.jpg", quality=95)
+    paths = sorted(tmp_path.glob("*.jpg"))
+    theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.PILToTensor()])
+    expected = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths]).float()
+    assert (load_images(paths, 48, tmp_path / "cache") - expected).abs().mean() < 1
+
+
 def test_images_that_do_not_fit_in_memory_live_in_a_file(mouths, tmp_path, monkeypatch):
     paths = sorted((mouths / "data" / "train").glob("*/*.png"))
     monkeypatch.setattr(train, "free_memory", lambda: 1)

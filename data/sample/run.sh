@@ -8,7 +8,7 @@ step() { printf '\n== %s\n' "$*"; "$@"; }
 step python data/sample/prepare.py
 step python preprocess_lips.py
 step python split_train_val.py --group '(s\d+)_'
-step python train.py --epochs 120 --step-size 50
+step python train.py --recipe strong
 step python predict.py --evaluate data/val --crops
 persons=$(python -c "
 from preprocess_lips import read_csv
