@@ -128,7 +128,7 @@ def annotate(photo, faces, probabilities, classes):
     for face, row in zip(faces, probabilities):
         left, top, right, bottom = (v * scale for v in face.mouth)
         box = (max(left, 0), max(top, 0), min(right, photo.width - 1), min(bottom, photo.height - 1))
-        draw.rectangle(box, outline="black", width=line + 2)
+        draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=line + 2)
         draw.rectangle(box, outline="yellow", width=line)
         font, name = label_font(classes[row.argmax()], size)
         text = f"{name} {row.max():.0%}"
