@@ -351,7 +351,7 @@ def train_epoch(net, images, labels, optimizer, scheduler, batch_size, generator
 
 
 @torch.inference_mode()
-def evaluate(net, images, labels, batch_size=512, flip=False):
+def evaluate(net, images, labels, batch_size=256, flip=False):
     """Loss and predictions on validation images, uint8 N x 3 x 48 x 48.
 
     Parameters
