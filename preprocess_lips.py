@@ -252,9 +252,10 @@ class LipCropper:
                         doubtful += 1
                         continue
                     landmarks = (landmarks @ back[:, :2].T + back[:, 2]) / scale
-                    face = _make_face(photo, landmarks, _turned_box(box, back, scale), search.name)
-                    if all(_overlap(face.box, other.box) < 0.3 for other in faces):
-                        faces.append(face)
+                    place = _turned_box(box, back, scale)
+                    if all(_overlap(place, other.box) < 0.3 for other in faces):
+                        mouth = mouth_box(landmarks)
+                        faces.append(Face(place, landmarks, mouth, cut(photo, mouth, CROP_SIDE), search.name))
                         if largest:
                             return faces, doubtful
         return sorted(faces, key=lambda face: face.box[0] - face.box[2]), doubtful
@@ -391,11 +392,6 @@ def plausible(landmarks):
         and 0.2 < np.hypot(*(landmarks[45] - landmarks[36])) < 1
         and np.ptp(lips[:, 1]) < 0.6
     )
-
-
-def _make_face(photo, landmarks, box, detector):
-    mouth = mouth_box(landmarks)
-    return Face(box, landmarks, mouth, cut(photo, mouth, CROP_SIDE), detector)
 
 
 def _turned(image, degrees):
@@ -582,19 +578,21 @@ def settle(rows):
     Of photos with the same content in one class the first stays `ok` and the others become `duplicate`;
     the same content in two classes is a `conflict` and belongs to neither.
     """
-    classes, first, settled = {}, {}, []
-    for row in sorted(rows, key=lambda row: row["source"]):
+    rows = sorted(rows, key=lambda row: row["source"])
+    classes, first = {}, {}
+    for row in rows:
         if row["crop"]:
             classes.setdefault(row["sha1"], set()).add(row["class"])
-        settled.append(row)
-    for i, row in enumerate(settled):
-        if row["crop"]:
-            if len(classes[row["sha1"]]) > 1:
-                status = "conflict"
-            else:
-                status = "ok" if first.setdefault(row["sha1"], row["source"]) == row["source"] else "duplicate"
-            settled[i] = row | {"status": status}
-    return settled
+            first.setdefault(row["sha1"], row["source"])
+
+    def status(row):
+        if not row["crop"]:
+            return row["status"]
+        if len(classes[row["sha1"]]) > 1:
+            return "conflict"
+        return "ok" if first[row["sha1"]] == row["source"] else "duplicate"
+
+    return [row | {"status": status(row)} for row in rows]
 
 
 def label_font(text, size):
@@ -636,7 +634,7 @@ def contact_sheet(crops, rows, columns=14, side=90):
     return sheet
 
 
-def table(rows, total=True):
+def table(rows):
     """Lines of text: how many photos of each class have each status."""
     counts = Counter((row["class"], row["status"]) for row in rows)
     statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
@@ -733,7 +731,7 @@ def main(argv=None):
         print(f"crops in {args.crops}/<class>/, every photo's fate in {args.crops / MANIFEST}, "
               f"a look at them in {args.crops / 'preview.jpg'}")
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: what is done is kept; the same command goes on from there")
+        sys.exit("\ninterrupted: what is done is kept; the same command goes on from there")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

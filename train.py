@@ -579,10 +579,10 @@ def train(args):
             # seeded by epoch and rank, so that a resumed run draws what an undisturbed one would have
             generator = torch.Generator(device).manual_seed((args.seed * 100_003 + epoch) * 4_099 + rank)
             times = [time.perf_counter()]
-            sums = [train_epoch(model, images, labels, optimizer, scheduler, share, generator, args, weights, average)]
+            sums = train_epoch(model, images, labels, optimizer, scheduler, share, generator, args, weights, average)
             if world > 1:
-                dist.all_reduce(sums[0])
-            train_loss, train_acc, train_n = sums[0].tolist()
+                dist.all_reduce(sums)
+            train_loss, train_acc, train_n = sums.tolist()
             times.append(time.perf_counter())
             val_loss, matrix, logits = evaluate(judged, val_images, val_labels, flip=args.flip)
             if world > 1:
