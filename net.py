@@ -1,7 +1,4 @@
-"""simpleconv3, the network, and what travels with it: class names, sizes, normalisation, loading.
-
-    python net.py                      the layer table of the four-class network
-    python net.py models/model.pt      the same for trained weights, with their classes and scores
+"""simpleconv3, the network, and what travels with it: class names, sizes, normalisation, loading, export.
 
 In other code:
 
@@ -9,13 +6,22 @@ In other code:
     model = load_model("models/model.pt")
     probabilities = predict(model, [crop])        # crop: a mouth, any size, RGB
     print(model.classes[probabilities[0].argmax()])
+
+On the command line:
+    python net.py models/model.pt                         layers, classes and scores
+    python net.py models/model.pt --export model.onnx     for other languages and runtimes
 """
 
 import argparse
+import io
 import json
 import os
+import pickle
+import re
 import secrets
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -26,6 +32,10 @@ from torch import nn
 CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
 CROP_SIZE = 48  # side of the network's input in pixels
 MEAN = STD = 0.5  # of every RGB channel, on a scale of 0 to 1
+OPSET = 13  # of exported models: the lowest that says all, for old runtimes
+MAX_WEIGHTS, MAX_JSON = 16 * 2**20, 2**20  # bytes; four classes take 6.4 MB and about 1 KB
+# empty, . or .., a control character, a separator, half a surrogate pair, or longer than a folder's name may be
+NO_CLASS_NAME = re.compile(r"^\.{0,2}$|[\0-\x1f\x7f-\x9f/\\\ud800-\udfff]|.{256}", re.S)
 
 
 class simpleconv3(nn.Module):
@@ -116,6 +126,25 @@ def logits_of(model, x, flip=False):
     return (model(x) + model(x.flip(3))) / 2 if flip else model(x)
 
 
+class Probabilities(nn.Module):
+    """What `predict` computes and `export_onnx` writes, from pixels on: a model with all that its ``about`` asks for.
+
+    Parameters
+    ----------
+    model : simpleconv3
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, levels):
+        """Class probabilities, float tensor N x nclass, of grey levels N x 3 x 48 x 48, 0 to 255."""
+        about = self.model.about
+        logits = logits_of(self.model, normalize(levels), about.get("flip", False))
+        return (logits / about.get("temperature", 1.0)).softmax(1)
+
+
 @torch.inference_mode()
 def predict(model, crops):
     """Class probabilities of mouth crops.
@@ -133,10 +162,42 @@ def predict(model, crops):
     """
     if not len(crops):
         return torch.empty(0, len(model.classes))
-    device = model.fc3.weight.device
-    batch = torch.stack([square(crop) for crop in crops]).to(device)
-    logits = logits_of(model, normalize(batch), model.about.get("flip", False))
-    return (logits / model.about.get("temperature", 1.0)).softmax(1).cpu()
+    batch = torch.stack([square(crop) for crop in crops]).to(model.fc3.weight.device)
+    return Probabilities(model)(batch).cpu()
+
+
+def export_onnx(model, path):
+    """Write a model in the ONNX format: grey levels in, class probabilities out, as `predict` gives them.
+
+    The input ``levels`` is float32 N x 3 x 48 x 48, RGB, 0 to 255: the graph normalises. The output
+    ``probabilities`` is float32 N x nclass. The metadata says so, and names the classes (a JSON list).
+
+    Parameters
+    ----------
+    model : simpleconv3
+        In eval mode, as `load_model` returns it.
+    path : path-like
+
+    Raises
+    ------
+    ImportError
+        The package onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise ImportError("exporting needs one more package; 'pip install onnx' brings it") from None
+    levels, graph = torch.zeros(2, 3, CROP_SIZE, CROP_SIZE, device=model.fc3.weight.device), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch recommends its newer exporter, which needs more packages
+        torch.onnx.export(
+            Probabilities(model).eval(), (levels,), graph, dynamo=False, opset_version=OPSET, input_names=["levels"],
+            output_names=["probabilities"], dynamic_axes={"levels": {0: "N"}, "probabilities": {0: "N"}})
+    graph = onnx.load_from_string(graph.getvalue())
+    onnx.helper.set_model_props(graph, {
+        "classes": json.dumps(model.classes, ensure_ascii=False), "input_size": str(CROP_SIZE), "channels": "RGB",
+        "input": "grey levels, 0 to 255", "normalisation": f"in the graph, mean {MEAN} and std {STD} of levels / 255", "opset": str(OPSET)})
+    atomic_write(path, lambda file: file.write(graph.SerializeToString()))
 
 
 def atomic_write(path, write):
@@ -178,8 +239,88 @@ def save_model(net, path, **about):
     atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
+def printable(text):
+    """The text with control characters, and those that turn the direction of writing, as escapes."""
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else ascii(c)[1:-1] for c in text)
+
+
+def check_classes(names):
+    """Raise a ValueError that names the first of the class names that no folder can have, or that there is twice."""
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or NO_CLASS_NAME.search(name):
+            raise ValueError(f"class {i} is {ascii(name)[:40]}, which no folder can be called")
+        if name in names[:i]:
+            raise ValueError(f"there are two classes {ascii(name)}")
+
+
+def read_weights(path):
+    """Tensors of a state dict that may come from a stranger: nothing is executed, memory is bounded.
+
+    Raises
+    ------
+    ValueError, or almost anything else
+        It is no file that ``torch.save`` wrote, or one that takes more than `MAX_WEIGHTS`.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_WEIGHTS + 1)
+    if len(data) > MAX_WEIGHTS:
+        raise ValueError(f"larger than {MAX_WEIGHTS >> 20} MiB")
+    if data.startswith(b"PK\3\4"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+        # torch.save compresses nothing: entries that unpack to more than the file are a bomb
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(data):
+            raise ValueError("a compressed archive")
+    try:
+        if b"bytearray\n" in data:  # torch.load lets a pickle ask for one of any size
+            raise pickle.UnpicklingError
+        weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose message recommends weights_only=False
+        raise ValueError("damaged, or holds more than tensors: save model.state_dict(), not the model") from None
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    for key, value in weights.items():
+        if not (value.is_floating_point() or key.endswith("num_batches_tracked")):
+            raise ValueError(f"{key} is {value.dtype}")
+    # a tensor can be larger than what it is a view of
+    if sum(4 * value.numel() for value in weights.values()) > MAX_WEIGHTS:
+        raise ValueError(f"tensors of more than {MAX_WEIGHTS >> 20} MiB")
+    return weights
+
+
+def read_about(path, nclass):
+    """The JSON file beside a model of `nclass` classes, as a dict whose ``classes``, ``flip`` and ``temperature`` are valid.
+
+    Raises
+    ------
+    ValueError
+        It does not fit, or is no such file. The message names it.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise ValueError(f"larger than {MAX_JSON >> 20} MiB")
+        about = json.loads(text.decode())
+        if not isinstance(about, dict) or not isinstance(about.get("classes"), list):
+            raise ValueError("no list of classes")
+        check_classes(about["classes"])
+        flip, temperature = about.get("flip", False), about.get("temperature", 1.0)
+        if not isinstance(flip, bool):
+            raise ValueError("flip must be true or false")
+        if type(temperature) not in (int, float) or not 0.01 <= temperature <= 100:
+            raise ValueError("temperature must be a number between 0.01 and 100")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not the JSON file of a model ({printable(str(error))}); "
+                         "remove it to load the weights without names") from None
+    if len(about["classes"]) != nclass:
+        raise ValueError(f"{path}: names {len(about['classes'])} classes, but the weights beside it have {nclass}")
+    return about
+
+
 def load_model(path, device="cpu"):
-    """Read weights and, where there is one, the JSON file beside them.
+    """Read weights and, where there is one, the JSON file beside them. Both may come from a stranger.
 
     Parameters
     ----------
@@ -202,25 +343,21 @@ def load_model(path, device="cpu"):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model; 'python train.py' makes one")
+        raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such model'}; 'python train.py' makes one")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
-        nclass = len(weights["fc3.weight"])
-        net = simpleconv3(nclass)
+        weights = read_weights(path)
+        net = simpleconv3(len(weights["fc3.weight"]))
         net.load_state_dict(weights)
+        for key, value in net.state_dict().items():
+            if not value.isfinite().all() or key.endswith("running_var") and (value < 0).any():
+                raise ValueError(f"{key} holds what is no weight: not finite, or a negative variance")
     except Exception as error:  # torch.load raises almost anything on a file that it did not write
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = printable(" ".join(str(error).split()))[:200] or type(error).__name__
         raise ValueError(f"{path}: not a state dict of simpleconv3 ({reason}); 'python train.py' makes one") from None
     beside = path.with_suffix(".json")
-    if beside != path and beside.is_file():
-        try:
-            net.about = json.loads(beside.read_text("utf-8"))
-            net.classes = tuple(str(name) for name in net.about["classes"])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{beside}: not the JSON file of a model; remove it to load {path.name} without names") from None
-        if len(net.classes) != nclass:
-            raise ValueError(f"{beside}: names {len(net.classes)} classes, but {path.name} has {nclass}")
+    if beside != path and beside.exists():
+        net.about = read_about(beside, len(net.classes))
+        net.classes = tuple(net.about["classes"])
     return net.to(device).eval()
 
 
@@ -243,20 +380,28 @@ def layer_table(net):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description, *_, examples = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="weights to show; without: a new four-class network")
+    parser.add_argument("--export", type=Path, metavar="FILE",
+                        help=f"write the model as ONNX, opset {OPSET}: RGB levels N x 3 x {CROP_SIZE} x {CROP_SIZE}, 0 to 255, to probabilities")
     args = parser.parse_args(argv)
+    if args.export and not args.model:
+        parser.error("--export needs a model")
     try:
         net = load_model(args.model) if args.model else simpleconv3(len(CLASSES))
-    except (OSError, ValueError) as error:
+        if args.export:
+            export_onnx(net, args.export)
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"input: N x 3 x {CROP_SIZE} x {CROP_SIZE}, RGB, (x / 255 - {MEAN}) / {STD}")
     print(*layer_table(net), sep="\n")
-    print("classes:", ", ".join(net.classes))
+    print("classes:", printable(", ".join(net.classes)))
     for key, value in net.about.items():
         if key not in {"classes", "input_size", "mean", "std", "channels"}:
-            print(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+            print(printable(f"{key}: {json.dumps(value, ensure_ascii=False)}"))
+    if args.export:
+        print(f"exported: {args.export}")
 
 
 if __name__ == "__main__":

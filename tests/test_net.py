@@ -1,4 +1,6 @@
 import json
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -70,29 +72,117 @@ def test_textbook_checkpoints_load_without_json(tmp_path):
     assert load_model(tmp_path / "parallel.pth").classes == CLASSES
 
 
-def wrong_shape():
-    weights = simpleconv3(4).state_dict()
-    weights["conv2.weight"] = torch.zeros(24, 12, 5, 5)
-    return weights
+def altered(key, value):
+    """The network's weights with one of them replaced or added."""
+    return simpleconv3(4).state_dict() | {key: value}
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", [1, 2], {"fc3.weight": 3}, {"a": torch.zeros(2)}, wrong_shape(), simpleconv3(4)])
-def test_what_is_no_state_dict_of_the_network_is_one_clear_error(tmp_path, content):
+class Calls:
+    """Pickles as a call of a function, which happens when it is loaded."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", ""), (b"PK\x03\x04 no zip", ""), ([1, 2], ""), ({"fc3.weight": 3}, ""), ({"a": torch.zeros(2)}, "fc3.weight"),
+    (simpleconv3(4), "holds more than tensors"), ({"fc3.weight": torch.zeros(0, 128)}, ""), ({3: torch.zeros(2)}, ""),
+    (altered("conv2.weight", torch.zeros(24, 12, 5, 5)), "size mismatch"),
+    (altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.int32)), "fc2.weight is torch.int32"),
+    (altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.complex64)), "fc2.weight is torch.complex64"),
+    (altered("conv1.bias", torch.full((12,), torch.nan)), "conv1.bias holds what is no weight"),
+    (altered("fc1.bias", torch.full((1200,), 1e300, dtype=torch.float64)), "fc1.bias holds what is no weight"),
+    (altered("bn2.running_var", torch.full((24,), -1.0)), "bn2.running_var holds what is no weight"),
+    (altered("fc3.weight", torch.zeros(1, 1).expand(10**7, 128)), "tensors of more than 16 MiB"),
+    (altered("new", torch.zeros(5 * 2**20, dtype=torch.uint8)), "new is torch.uint8"),
+    (altered("new", torch.zeros(4 * 2**20)), "larger than 16 MiB"),
+    (Calls(bytearray, 2**28), "holds more than tensors"),
+])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_no_state_dict_of_the_network_is_one_clear_error(tmp_path, content, reason, zipped):
     path = tmp_path / "model.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="model.pt: not a state dict of simpleconv3") as error:
         load_model(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and reason in str(error.value)
 
 
-def test_json_that_does_not_fit_the_weights_is_an_error(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_model_is_not_executed(tmp_path, zipped):
+    content = altered("conv1.bias", Calls(open, str(tmp_path / "executed"), "w"))
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "executed").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="not a state dict"):
+        load_model(tmp_path / "model.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_models_cut_off_anywhere_are_one_clear_error(tmp_path):
+    torch.save(simpleconv3(4).state_dict(), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for length in (1, 5, 1000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "model.pt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="model.pt: not a state dict"):
+            load_model(tmp_path / "model.pt")
+
+
+def test_small_archives_of_large_content_are_refused_before_they_are_unpacked(tmp_path):
+    torch.save(altered("new", torch.zeros(32 * 2**20)), tmp_path / "large.pt")
+    with zipfile.ZipFile(tmp_path / "large.pt") as large, zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as small:
+        for entry in large.namelist():
+            if entry.split("/")[1] in ("data.pkl", "version", "byteorder") or large.getinfo(entry).file_size == 2**27:
+                small.writestr(entry, large.read(entry))
+    assert (tmp_path / "model.pt").stat().st_size < 2**20
+    with pytest.raises(ValueError, match="a compressed archive"):
+        load_model(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.json"])
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("/dev/zero", path), os.mkfifo], ids=["folder", "device", "pipe"])
+def test_folders_devices_and_pipes_are_not_read(tmp_path, name, make):
     save_model(simpleconv3(4), tmp_path / "model.pt")
-    (tmp_path / "model.json").write_text(json.dumps({"classes": ["a", "b"]}))
-    with pytest.raises(ValueError, match="names 2 classes, but model.pt has 4"):
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name}: .*(not a file|no file)"):
         load_model(tmp_path / "model.pt")
-    (tmp_path / "model.json").write_text("[]")
-    with pytest.raises(ValueError, match="model.json: not the JSON file of a model"):
+
+
+FOUR = {"classes": ["a", "b", "c", "d"]}
+
+
+@pytest.mark.parametrize("about, reason", [
+    ("[]", "no list of classes"), ("{}", "no list of classes"), ('{"classes": "abcd"}', "no list of classes"), ("{", ""), (b"\xff{}", ""),
+    ("[" * 10**5, ""), (" " * 2**20 + json.dumps(FOUR), "larger than 1 MiB"), (b"[" + b"1" * 5000 + b"]", ""),
+    ({"classes": ["a", "b"]}, "names 2 classes, but the weights beside it have 4"),
+    ({"classes": ["a", "b", "c", 4]}, "class 3 is 4"), ({"classes": ["a", "b", "c", ["d"]]}, "class 3 is"),
+    ({"classes": ["a", "b", "c", "a"]}, "two classes 'a'"), ({"classes": ["a", "b", "c", ""]}, "class 3 is ''"),
+    ({"classes": ["\x1b[2J", "b", "c", "d"]}, r"class 0 is '\x1b[2J'"), ({"classes": ["a\nb", "b", "c", "d"]}, r"class 0 is 'a\nb'"),
+    ({"classes": ["a", "\x9b", "c", "d"]}, r"class 1 is '\x9b'"), ({"classes": ["a", "b", "\ud800", "d"]}, "class 2 is"),
+    ({"classes": ["../../a", "b", "c", "d"]}, "class 0 is '../../a'"), ({"classes": ["a", "..", "c", "d"]}, "class 1 is '..'"),
+    ({"classes": ["C:\\a", "b", "c", "d"]}, "class 0 is"), ({"classes": ["a" * 300, "b", "c", "d"]}, "class 0 is 'aaa"),
+    (FOUR | {"flip": "yes"}, "flip must be"), (FOUR | {"flip": 1}, "flip must be"),
+    *[(FOUR | {"temperature": t}, "temperature must be") for t in (0, -1, "1", None, True, [1], float("nan"), float("inf"), 1e-40, 10**400)],
+])
+def test_json_that_does_not_fit_is_one_clear_error(tmp_path, about, reason):
+    save_model(simpleconv3(4), tmp_path / "model.pt")
+    text = json.dumps(about) if isinstance(about, dict) else about
+    (tmp_path / "model.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="model.json: (not the JSON file of a model|names 2 classes)") as error:
         load_model(tmp_path / "model.pt")
+    assert reason in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path)) and str(error.value).isprintable()
+
+
+def test_names_in_any_script_are_class_names(tmp_path):
+    model = simpleconv3(4)
+    model.classes = ("张嘴", "می\u200cخندد", "with space", "a.b")
+    save_model(model, tmp_path / "model.pt")
+    assert load_model(tmp_path / "model.pt").classes == model.classes
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
@@ -124,3 +214,19 @@ def test_command_line_shows_layers_and_parameters(shell, tmp_path):
     out = shell("net.py", "two.pt").stdout
     assert "fc3" in out and "1,608,722" in out and "classes: 0, 1" in out
     assert "error: none.pt: no such model" in shell("net.py", "none.pt", check=1).stderr
+
+
+def test_nothing_in_a_model_steers_the_terminal(shell, tmp_path):
+    save_model(simpleconv3(4), tmp_path / "model.pt", command="\x1b[2J\x9b2J", log="\u202e")
+    model = json.loads((tmp_path / "model.json").read_text("utf-8"))
+    (tmp_path / "model.json").write_text(json.dumps(model | {"classes": ["\u202ea", "b", "می\u200cخندد", "d"]}), "utf-8")
+    out = shell("net.py", "model.pt").stdout
+    assert out.replace("\n", "").replace("\u200c", "").isprintable()
+    assert r"\u202ea, b, می‌خندد, d" in out and r"\x9b2J" in out
+    torch.save(altered("\x1b[31m", torch.zeros(1)), tmp_path / "model.pt")
+    assert "\x1b" not in shell("net.py", "model.pt", check=1).stderr
+
+
+def test_help_fits_a_screen_and_ends_with_examples(shell):
+    lines = shell("net.py", "--help", env={"COLUMNS": "80"}).stdout.splitlines()
+    assert len(lines) <= 24 and all("python net.py models/model.pt" in line for line in lines[-2:])
