@@ -230,3 +230,10 @@ def test_nothing_in_a_model_steers_the_terminal(shell, tmp_path):
 def test_help_fits_a_screen_and_ends_with_examples(shell):
     lines = shell("net.py", "--help", env={"COLUMNS": "80"}).stdout.splitlines()
     assert len(lines) <= 24 and all("python net.py models/model.pt" in line for line in lines[-2:])
+
+
+def test_mirror_images_count_half():
+    torch.manual_seed(0)
+    model, x = simpleconv3(4).eval(), torch.rand(3, 3, 48, 48)
+    assert torch.equal(x @ net.MIRROR, x.flip(3))
+    torch.testing.assert_close(net.logits_of(model, x, flip=True), (model(x) + model(x.flip(3))) / 2, atol=1e-5, rtol=1e-5)

@@ -36,7 +36,7 @@ def exported(request, crops, tmp_path_factory):
         F.cross_entropy(model(normalize(images)), labels).backward()
         optimizer.step()
     model.classes = ("bright", "张嘴")
-    save_model(model, folder / "models" / "model.pt", temperature=5.0, flip=request.param, scores=[-0.5, 1e-5, None])
+    save_model(model, folder / "models" / "model.pt", temperature=5.0, flip=request.param, scores=[-0.5, 1e-5, True])
     subprocess.run([sys.executable, ROOT / "net.py", "models/model.pt", "--export", "model.onnx"], cwd=folder, check=True)
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "models"]
     return folder
