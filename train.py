@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.sgd import sgd
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -318,11 +319,24 @@ def one_cycle_factor(done):
     return (1 + math.cos(math.pi * (min(done, 1) - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-def train_epoch(net, images, labels, optimizer, scheduler, batch_size, generator, args, weights, average=None):
+def learning_rate(args, done):
+    """The learning rate after `done` epochs, a float: one-cycle changes it with every step, step with every epoch."""
+    if args.schedule == "one-cycle":
+        return args.lr * one_cycle_factor(done / args.epochs)
+    return args.lr * args.gamma ** (int(done) // args.step_size)
+
+
+def train_epoch(net, images, labels, momentum, done, batch_size, generator, args, weights, average=None):
     """One pass over the training set.
 
     Parameters
     ----------
+    net : simpleconv3, or one in DistributedDataParallel
+    images, labels : uint8 tensor of shape (N, 3, 64, 64), int64 tensor of shape (N,)
+    momentum : list of tensors
+        SGD's, one for each parameter; changed in place.
+    done : int
+        Epochs before this one.
     weights : float tensor of shape (nclass,), or None
         Of the classes in the loss.
 
@@ -334,15 +348,19 @@ def train_epoch(net, images, labels, optimizer, scheduler, batch_size, generator
     """
     net.train()
     sums = torch.zeros(3, device=images.device)
-    order = torch.randperm(len(images), generator=generator, device=images.device)
-    for batch in order.split(batch_size):
+    parameters = list(net.parameters())
+    batches = torch.randperm(len(images), generator=generator, device=images.device).split(batch_size)
+    for i, batch in enumerate(batches):
         target = labels[batch]
         logits = net(augment(images.index_select(0, batch), generator, args))
         loss = F.cross_entropy(logits, target, weights, label_smoothing=args.smoothing)
-        optimizer.zero_grad()
+        net.zero_grad()
         loss.backward()
-        optimizer.step()
-        scheduler.step()
+        # torch.optim.SGD calls the same, but imports torch's compiler first: a second and 146 MB
+        with torch.no_grad():
+            sgd(parameters, [p.grad for p in parameters], momentum, fused=True, lr=learning_rate(args, done + i / len(batches)),
+                momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.schedule == "one-cycle",
+                dampening=0.0, maximize=False)
         if average:
             average.update(net.module if isinstance(net, DistributedDataParallel) else net)
         with torch.no_grad():
@@ -448,7 +466,7 @@ class Run:
         self.unsaved = False
         self.saved_at = -SAVE_SECONDS
 
-    def record(self, net, average, optimizer, scheduler, scores, logits, labels):
+    def record(self, net, average, momentum, scores, logits, labels):
         """Note a finished epoch. Returns whether it is the best so far."""
         self.epoch, self.last = scores["epoch"], scores
         net = {key: value.clone() for key, value in net.state_dict().items()}
@@ -460,13 +478,10 @@ class Run:
                 temperature = fit_temperature(logits, labels)
             self.best = scores | {"calibration_error": round(error, 4), "temperature": round(temperature, 4)}
             self.best_weights = weights
-        momentum = optimizer.state_dict()
-        momentum["state"] = {i: {k: v.clone() if torch.is_tensor(v) else v for k, v in s.items()}
-                             for i, s in momentum["state"].items()}
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
         self.state = {
-            "net": net, "average": weights if average else None, "best_net": self.best_weights, "optimizer": momentum, "scheduler": scheduler.state_dict(),
-            "epoch": self.epoch, "best": self.best, "last": self.last, "seconds": self.seconds,
+            "net": net, "average": weights if average else None, "best_net": self.best_weights,
+            "momentum": [buffer.clone() for buffer in momentum], "average_steps": average.steps if average else 0, "epoch": self.epoch, "best": self.best, "last": self.last, "seconds": self.seconds,
             "classes": list(self.classes), "args": settings, "log_dir": self.log_dir,
         }
         self.unsaved = True
@@ -490,13 +505,13 @@ class Run:
         self.unsaved = False
         self.saved_at = time.perf_counter()
 
-    def restore(self, state, net, average, optimizer, scheduler):
+    def restore(self, state, net, average, momentum):
         net.load_state_dict(state["net"])
         if average:
             average.net.load_state_dict(state["average"])
-            average.steps = state["scheduler"]["last_epoch"]
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+            average.steps = state["average_steps"]
+        for buffer, stored in zip(momentum, state["momentum"], strict=True):
+            buffer.copy_(stored)
         self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
         self.best, self.last, self.best_weights = state["best"], state["last"], state["best_net"]
         self.log_dir = state["log_dir"]
@@ -541,20 +556,13 @@ def train(args):
 
     torch.manual_seed(args.seed)
     net = simpleconv3(len(classes)).to(device)
-    one_cycle = args.schedule == "one-cycle"
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=one_cycle, fused=True)
+    momentum = [torch.zeros_like(parameter) for parameter in net.parameters()]
     share = args.batch_size // world
-    steps = -(-len(images) // share)
-    if one_cycle:
-        # torch's OneCycleLR divides by zero in runs of a few steps
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle_factor(step / (args.epochs * steps)))
-    else:
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size * steps, args.gamma)
     average = Average(net, args.average) if args.average else None
     run = Run(args, classes, sizes)
     if resumed:
-        run.restore(resumed, net, average, optimizer, scheduler)
-    if resumed and one_cycle and args.epochs != resumed["args"]["epochs"]:
+        run.restore(resumed, net, average, momentum)
+    if resumed and args.schedule == "one-cycle" and args.epochs != resumed["args"]["epochs"]:
         raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {resumed['args']['epochs']} epochs cannot be resumed for another number")
     judged = average.net if average else net  # what is validated and saved
     model = DistributedDataParallel(net) if world > 1 else net
@@ -575,11 +583,10 @@ def train(args):
     bar = tqdm(range(run.epoch + 1, args.epochs + 1), initial=run.epoch, total=args.epochs, unit="epoch", disable=None if rank == 0 else True)
     try:
         for epoch in bar:
-            lr = scheduler.get_last_lr()[0]
             # seeded by epoch and rank, so that a resumed run draws what an undisturbed one would have
             generator = torch.Generator(device).manual_seed((args.seed * 100_003 + epoch) * 4_099 + rank)
             times = [time.perf_counter()]
-            sums = train_epoch(model, images, labels, optimizer, scheduler, share, generator, args, weights, average)
+            sums = train_epoch(model, images, labels, momentum, epoch - 1, share, generator, args, weights, average)
             if world > 1:
                 dist.all_reduce(sums)
             train_loss, train_acc, train_n = sums.tolist()
@@ -598,7 +605,7 @@ def train(args):
             run.seconds += times[2] - times[0]
             if rank:
                 continue
-            better = run.record(net, average, optimizer, scheduler, scores, logits, val_labels)
+            better = run.record(net, average, momentum, scores, logits, val_labels)
             tqdm.write(
                 f"epoch {epoch:3}/{args.epochs}  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
                 f" {train_n / (times[1] - times[0]):7,.0f}/s  val loss {scores['val_loss']:.4f}"
@@ -606,7 +613,7 @@ def train(args):
             for tag in ("train_loss", "train_acc", "val_loss", "val_acc"):
                 log.add_scalar(f"data/{tag.replace('_', '')}", scores[tag], epoch)
             log.add_scalar("data/valbalanced", scores["val_balanced"], epoch)
-            log.add_scalar("learning rate", lr, epoch)
+            log.add_scalar("learning rate", learning_rate(args, epoch - 1), epoch)
             if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
                 log.add_image("confusion matrix", draw_matrix(matrix, classes), epoch, dataformats="HWC")
                 for name, parameter in net.named_parameters():
