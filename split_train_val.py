@@ -4,8 +4,8 @@
     python split_train_val.py crops data --seed 7      other folders, another draw
     python split_train_val.py --group '(s\\d+)_'        all crops of s07_3.png, s07_4.png ... on one side
 
-Validation gets floor(n / 10) of each class, at least one of two or more. The same crops and seed give the
-same split; when crops are added, the old ones stay where they are. split.csv in the output folder lists
+Validation gets floor(n / 10) of each class, at least one of two or more. Crops that look the same, such as
+bursts and re-encoded copies, stay on one side. The same crops and seed give the same split; when crops are added, the old ones stay where they are. split.csv in the output folder lists
 what was made, so that a rerun replaces just that and touches no other file.
 """
 
@@ -16,15 +16,21 @@ import re
 import shutil
 import sys
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocess_lips import MANIFEST, read_csv, write_csv
+from preprocess_lips import MANIFEST, cores, read_csv, write_csv
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
+HASH_SIDE = 16  # 256 bits
+# Bits in which the hashes of near-duplicates may differ. Of copies saved anew, halved or made brighter, 99 in 100 differ in 17
+# at most, all in 25; of 2,300 crops of different photos, no two in fewer than 33. Must be less than 32: see `near_pairs`.
+HASH_DISTANCE = 28
 
 
 def list_crops(crops):
@@ -46,6 +52,99 @@ def group_of(path, pattern):
     if not match:
         return path
     return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)
+
+
+def perceptual_hash(path):
+    """Which neighbours in a grey miniature of an image grow brighter to the right: the difference hash, 256 bits.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    uint16 array of 16, or None for what is no readable image
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft("L", (4 * HASH_SIDE, 4 * HASH_SIDE))
+            grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX))
+    except Exception:  # decoders raise almost anything; train.py names the file
+        return None
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint16)
+
+
+def near_pairs(hashes, distance=HASH_DISTANCE):
+    """All pairs of hashes that differ in few bits, without comparing every hash with every other.
+
+    Two hashes of 16 words that differ in fewer than 32 bits have a word in which they differ in one bit at most: only
+    such pairs are compared (the pigeonhole principle, as in Norouzi et al. 2012, "Fast Search in Hamming Space").
+
+    Parameters
+    ----------
+    hashes : uint16 array of shape (N, 16), no two alike
+    distance : int
+        0 to 31.
+
+    Yields
+    ------
+    (int, int)
+        Indices, the smaller first; a pair may come several times.
+    """
+    flips = np.concatenate([[0], 1 << np.arange(16)]).astype(np.uint16)
+    for word in hashes.T:
+        order = np.argsort(word, kind="stable")
+        starts = np.concatenate([[0], np.bincount(word, minlength=1 << 16).cumsum()])
+        for flip in flips:
+            low, high = starts[word ^ flip], starts[1:][word ^ flip]
+            for shift in range(int((high - low).max())):
+                first = np.flatnonzero(low + shift < high)
+                second = order[(low + shift)[first]]
+                first, second = first[first < second], second[first < second]
+                near = np.bitwise_count(hashes[first] ^ hashes[second]).sum(1) <= distance
+                yield from zip(first[near].tolist(), second[near].tolist())
+
+
+def merge(groups, pairs):
+    """Groups that pairs connect become one.
+
+    Parameters
+    ----------
+    groups : dict
+        For every crop the name of its group.
+    pairs : iterable of (crop, crop)
+
+    Returns
+    -------
+    dict
+        The same, where groups that are connected bear the name of the first of them in the alphabet.
+    """
+    parent = {name: name for name in groups.values()}
+
+    def root(name):
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for a, b in pairs:
+        first, second = sorted((root(groups[a]), root(groups[b])))
+        parent[second] = first
+    return {key: root(name) for key, name in groups.items()}
+
+
+def look_alikes(crops, files):
+    """Pairs of crops that are near-duplicates; `files` are pairs (class, file name) below `crops`."""
+    with ThreadPoolExecutor(cores()) as pool:
+        hashes = pool.map(lambda file: perceptual_hash(crops.joinpath(*file)), files)
+        hashes = list(tqdm(hashes, total=len(files), desc="comparing", unit="crop", leave=False, disable=None))
+    same = defaultdict(list)
+    for file, one in zip(files, hashes):
+        if one is not None:
+            same[one.tobytes()].append(file)
+    pairs = [(copies[0], other) for copies in same.values() for other in copies[1:]]
+    firsts = [copies[0] for copies in same.values()]
+    distinct = np.frombuffer(b"".join(same), np.uint16).reshape(-1, HASH_SIDE)
+    return pairs + [(firsts[i], firsts[j]) for i, j in near_pairs(distinct)] if len(firsts) > 1 else pairs
 
 
 def val_count(n):
@@ -125,8 +224,9 @@ def split(crops, data, seed=0, group=None, link=False):
 
     Returns
     -------
-    (rows, foreign) : list of dict, list of Path
-        What `split.csv` now says, and files of the same name that this script did not make: left alone.
+    (rows, foreign, alike) : list of dict, list of Path, (int, int)
+        What `split.csv` now says; files of the same name that this script did not make: left alone; and how
+        many crops have near-duplicates, in how many groups.
     """
     files = list_crops(crops)
     if not files:
@@ -137,13 +237,17 @@ def split(crops, data, seed=0, group=None, link=False):
     for label, name in files:
         path = sources.get((label, name), f"{label}/{name}")
         groups[label, name] = group_of(path, re.compile(group)) if group else path
+    pairs = look_alikes(crops, files)
+    clusters = merge({file: file for pair in pairs for file in pair}, pairs)
+    alike = len(clusters), len(set(clusters.values()))
+    groups = merge(groups, pairs)
     members = defaultdict(list)
     for (label, _), key in groups.items():
         members[key].append(label)
     record = data / RECORD
     old = read_csv(record)
     made = {(row["part"], row["class"], row["file"]) for row in old}
-    before = {row["group"]: row["part"] for row in old if row["draw"] == draw}
+    before = {groups[key]: row["part"] for row in old if row["draw"] == draw and (key := (row["class"], row["file"])) in groups}
     val = choose_val(members, seed, before)
     rows = [{"part": "val" if groups[key] in val else "train", "class": key[0], "file": key[1],
              "group": groups[key], "draw": draw} for key in files]
@@ -162,7 +266,7 @@ def split(crops, data, seed=0, group=None, link=False):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     write_csv(record, COLUMNS, rows)
-    return rows, sorted(foreign)
+    return rows, sorted(foreign), alike
 
 
 def place_crop(source, target, link):
@@ -210,7 +314,7 @@ def main(argv=None):
             re.compile(args.group or "")
         except re.error as error:
             raise ValueError(f"--group {args.group}: not a regular expression ({error})") from None
-        rows, foreign = split(args.crops, args.data, args.seed, args.group, args.link)
+        rows, foreign, alike = split(args.crops, args.data, args.seed, args.group, args.link)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: run the same command again to finish")
     except (OSError, ValueError) as error:
@@ -219,6 +323,8 @@ def main(argv=None):
     if args.group:
         sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
         print(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
+    if alike[0]:
+        print(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
     for path in foreign[:5]:
         print(f"left alone, not made by this script: {path}")
     if len(foreign) > 5:

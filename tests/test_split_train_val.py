@@ -1,12 +1,15 @@
 import os
+import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from preprocess_lips import COLUMNS, read_csv, write_csv
-from split_train_val import choose_val, main, val_count
+from split_train_val import choose_val, main, merge, near_pairs, val_count
 
 
 @pytest.fixture
@@ -112,6 +115,42 @@ def test_groups_come_from_the_photos_path_in_the_manifest(tmp_path, crops):
             sides.setdefault(person["a", row["file"]], set()).add(row["part"])
     assert all(len(side) == 1 for side in sides.values())
     assert {"val"} in sides.values()
+
+
+def test_copies_saved_anew_stay_on_the_side_of_the_original(tmp_path, mouths, capsys):
+    folder = tmp_path / "crops" / "a"
+    folder.mkdir(parents=True)
+    originals = sorted((mouths / "data").glob("*/*/*.png"))
+    for i, path in enumerate(originals):
+        image = Image.open(path).convert("RGB").resize((128, 128), Image.Resampling.BICUBIC)
+        image.save(folder / f"o{i:02d}.jpg", quality=95)
+        image.resize((90, 90)).save(folder / f"c{i:02d}.jpg", quality=60)
+    made = split(tmp_path)
+    sides = {}
+    for name in made:
+        sides.setdefault(name[-6:], set()).add(name.split("/")[0])
+    assert len(sides) == len(originals) and all(len(side) == 1 for side in sides.values()) and {"val"} in sides.values()
+    found = re.search(r"near-duplicates: (\d+) crops in (\d+) groups", capsys.readouterr().out)
+    assert int(found[1]) == 2 * len(originals) and int(found[2]) <= len(originals)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 31))
+def test_near_pairs_are_those_that_comparing_all_would_find(seed, distance):
+    rng = np.random.default_rng(seed)
+    hashes = rng.integers(0, 1 << 16, (12, 16), dtype=np.uint16).repeat(6, 0)
+    for i, one in enumerate(hashes):
+        for bit in rng.integers(0, 256, i % 6 * 8):
+            one[bit // 16] ^= np.uint16(1 << bit % 16)
+    hashes = np.unique(hashes, axis=0)
+    far = np.bitwise_count(hashes[:, None] ^ hashes).sum(2, dtype=int)
+    expected = {(i, j) for i in range(len(hashes)) for j in range(i + 1, len(hashes)) if far[i, j] <= distance}
+    assert set(near_pairs(hashes, distance)) == expected
+
+
+def test_groups_that_share_a_pair_become_one():
+    groups = {1: "b", 2: "b", 3: "a", 4: "c", 5: "d"}
+    assert merge(groups, [(1, 3), (4, 2)]) == {1: "a", 2: "a", 3: "a", 4: "a", 5: "d"}
 
 
 def test_link_makes_hard_links_and_switching_back_makes_copies(tmp_path, crops):
