@@ -122,12 +122,37 @@ def normalize(images):
     return images.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
 
 
-def logits_of(model, x, flip=False):
-    """Logits of network inputs N x 3 x 48 x 48; with `flip`, the mean of those of the mirror images too."""
-    if not flip:
-        return model(x)
-    logits = model(torch.cat([x, x @ MIRROR.to(x)]))  # one pass, no x.flip(3): else OpenCV misreads the ONNX file
-    return logits.view(2, -1, logits.shape[1]).mean(0)
+def zoom(side):
+    """The matrix Z by which ``Z @ x @ Z.T`` enlarges the central square of `side` pixels of x to the whole: 48 x 48."""
+    margin = (CROP_SIZE - side) // 2
+    lines = F.interpolate(torch.eye(side)[None], size=CROP_SIZE, mode="linear")[0].T
+    return F.pad(lines, (margin, CROP_SIZE - side - margin))
+
+
+def logits_of(model, x, flip=False, views=(CROP_SIZE,)):
+    """Logits of network inputs, the mean over several looks at each.
+
+    Parameters
+    ----------
+    model : simpleconv3
+    x : float tensor of shape (N, 3, 48, 48)
+    flip : bool
+        Look at the mirror image too.
+    views : sequence of int
+        Sides of the central squares to look at, enlarged to the whole; 48 is the whole.
+
+    Returns
+    -------
+    float tensor of shape (N, nclass)
+    """
+    # products, not slices and flips: OpenCV misreads those in an exported model
+    looks = [x if side == CROP_SIZE else (z := zoom(side).to(x)) @ x @ z.T for side in views]
+    if flip:
+        looks += [look @ MIRROR.to(x) for look in looks]
+    if len(looks) == 1:
+        return model(looks[0])
+    logits = model(torch.cat(looks))  # one pass
+    return logits.view(len(looks), -1, logits.shape[1]).mean(0)
 
 
 class Probabilities(nn.Module):
@@ -145,7 +170,7 @@ class Probabilities(nn.Module):
     def forward(self, levels):
         """Class probabilities, float tensor N x nclass, of grey levels N x 3 x 48 x 48, 0 to 255."""
         about = self.model.about
-        logits = logits_of(self.model, normalize(levels), about.get("flip", False))
+        logits = logits_of(self.model, normalize(levels), about.get("flip", False), about.get("views", [CROP_SIZE]))
         return (logits / about.get("temperature", 1.0)).softmax(1)
 
 
@@ -156,8 +181,8 @@ def predict(model, crops):
     Parameters
     ----------
     model : simpleconv3
-        In eval mode, as `load_model` returns it; its ``about`` may ask for mirror images (``flip``) and
-        say by how much the logits are too sure (``temperature``).
+        In eval mode, as `load_model` returns it; its ``about`` may ask for mirror images and enlarged
+        looks (``flip``, ``views``: see `logits_of`) and say by how much the logits are too sure (``temperature``).
     crops : sequence of PIL images or uint8 arrays (H, W, 3) in RGB, any sizes
 
     Returns
@@ -292,7 +317,8 @@ def read_weights(path):
 
 
 def read_about(path, nclass):
-    """The JSON file beside a model of `nclass` classes, as a dict whose ``classes``, ``flip`` and ``temperature`` are valid.
+    """The JSON file beside a model of `nclass` classes, as a dict whose ``classes``, ``flip``, ``views``
+    and ``temperature`` are valid.
 
     Raises
     ------
@@ -311,8 +337,11 @@ def read_about(path, nclass):
             raise ValueError("no list of classes")
         check_classes(about["classes"])
         flip, temperature = about.get("flip", False), about.get("temperature", 1.0)
+        views = about.get("views", [CROP_SIZE])
         if not isinstance(flip, bool):
             raise ValueError("flip must be true or false")
+        if not isinstance(views, list) or not 0 < len(views) < 9 or not all(type(side) is int and 8 <= side <= CROP_SIZE for side in views):
+            raise ValueError(f"views must be a list of up to 8 numbers from 8 to {CROP_SIZE}")
         if type(temperature) not in (int, float) or not 0.01 <= temperature <= 100:
             raise ValueError("temperature must be a number between 0.01 and 100")
     except (ValueError, RecursionError) as error:

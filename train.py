@@ -45,10 +45,10 @@ CHECKPOINT = "checkpoint.pt"
 RECIPES = {
     "textbook": dict(
         epochs=300, batch_size=64, lr=0.1, momentum=0.9, weight_decay=0.0, schedule="step", step_size=100, gamma=0.1,
-        crop=0.08, rotate=0.0, colour=0.0, grey=0.0, smoothing=0.0, average=0.0, balance=0.0, flip=False),
+        crop=0.08, rotate=0.0, colour=0.0, grey=0.0, smoothing=0.0, average=0.0, balance=0.0, flip=False, views=[CROP_SIZE]),
     "strong": dict(
         epochs=100, batch_size=64, lr=0.1, momentum=0.9, weight_decay=2e-3, schedule="one-cycle", step_size=100, gamma=0.1,
-        crop=0.5, rotate=15.0, colour=0.3, grey=0.3, smoothing=0.05, average=0.99, balance=0.5, flip=True),
+        crop=0.6, rotate=15.0, colour=0.3, grey=0.3, smoothing=0.05, average=0.99, balance=0.5, flip=True, views=[48, 44, 40]),
 }
 WARM_UP = 0.25  # share of a one-cycle run in which the learning rate rises
 MAX_CALIBRATION_ERROR = 0.05  # beyond it a temperature is fitted on the validation images
@@ -369,13 +369,13 @@ def train_epoch(net, images, labels, momentum, done, batch_size, generator, args
 
 
 @torch.inference_mode()
-def evaluate(net, images, labels, batch_size=256, flip=False):
+def evaluate(net, images, labels, batch_size=128, **looks):
     """Loss and predictions on validation images, uint8 N x 3 x 48 x 48.
 
     Parameters
     ----------
-    flip : bool
-        Average the logits of every image and its mirror image, as `net.predict` does for such a model.
+    **looks
+        ``flip`` and ``views``, as for `net.logits_of`.
 
     Returns
     -------
@@ -386,7 +386,7 @@ def evaluate(net, images, labels, batch_size=256, flip=False):
     logits : float tensor of shape (N, nclass)
     """
     net.eval()
-    logits = torch.cat([logits_of(net, normalize(batch), flip) for batch in images.split(batch_size)])
+    logits = torch.cat([logits_of(net, normalize(batch), **looks) for batch in images.split(batch_size)])
     return F.cross_entropy(logits, labels, reduction="sum"), confusion_matrix(logits.argmax(1), labels, logits.shape[1]), logits
 
 
@@ -499,7 +499,7 @@ class Run:
         net.classes = self.classes
         settings = {k: v for k, v in self.state["args"].items() if k not in {"resume", "data", "logs", "models", "device"}}
         save_model(
-            net, self.args.models / "model.pt", flip=self.args.flip, temperature=self.best["temperature"], best=self.best, last=self.last, images=self.sizes,
+            net, self.args.models / "model.pt", flip=self.args.flip, views=self.args.views, temperature=self.best["temperature"], best=self.best, last=self.last, images=self.sizes,
             settings=settings, seconds=round(self.seconds, 1), torch=torch.__version__,
             command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=self.log_dir)
         self.unsaved = False
@@ -591,7 +591,7 @@ def train(args):
                 dist.all_reduce(sums)
             train_loss, train_acc, train_n = sums.tolist()
             times.append(time.perf_counter())
-            val_loss, matrix, logits = evaluate(judged, val_images, val_labels, flip=args.flip)
+            val_loss, matrix, logits = evaluate(judged, val_images, val_labels, flip=args.flip, views=args.views)
             if world > 1:
                 dist.all_reduce(val_loss)
                 dist.all_reduce(matrix)
@@ -632,7 +632,8 @@ def parse_args(argv=None):
 
     def setting(flag, help, **more):
         values = [RECIPES[name][flag.strip("-").replace("-", "_")] for name in RECIPES]
-        recipe.add_argument(flag, help=f"{help} ({values[0]:g} / {values[1]:g})" if not isinstance(values[0], str) else f"{help} ({values[0]} / {values[1]})", **more)
+        a, b = (" ".join(map(str, value)) if isinstance(value, list) else value for value in values)
+        recipe.add_argument(flag, help=f"{help} ({a} / {b})", **more)
 
     recipe.add_argument("--recipe", choices=RECIPES, default="textbook",
                         help="textbook: as printed there; strong: better, in fewer epochs (default: %(default)s)")
@@ -652,6 +653,7 @@ def parse_args(argv=None):
     setting("--average", "decay of a moving average of the weights, which is then the model; 0: none", type=float, metavar="D")
     setting("--balance", "how much more rare classes count; 1: all classes the same in sum", type=float, metavar="P")
     setting("--flip", "predict the mean of a crop and its mirror image", action=argparse.BooleanOptionalAction)
+    setting("--views", "predict the mean of central squares of these sides", type=int, nargs="+", metavar="S")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the accelerator where there is one)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="holds train/ and val/ (default: %(default)s)")
@@ -670,6 +672,8 @@ def parse_args(argv=None):
     for name in ("epochs", "batch_size", "step_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not all(8 <= side <= CROP_SIZE for side in args.views) or len(args.views) > 8:
+        parser.error(f"--views takes up to 8 numbers from 8 to {CROP_SIZE}")
     if args.device is None:
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     return args

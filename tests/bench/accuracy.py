@@ -64,7 +64,7 @@ def one_fold(recipe, data, more):
     net = simpleconv3(len(run.classes))
     net.load_state_dict(run.state["average"] or run.state["net"])
     _, _, (images, labels) = train.load_data(data)
-    _, _, logits = train.evaluate(net, images, labels, flip=args.flip)
+    _, _, logits = train.evaluate(net, images, labels, flip=args.flip, views=args.views)
     return run.last["val_acc"], run.last["val_balanced"], train.calibration_error(logits.softmax(1), labels), seconds
 
 
