@@ -379,6 +379,8 @@ def load_model(path, device="cpu"):
         raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such model'}; 'python train.py' makes one")
     try:
         weights = read_weights(path)
+        if not len(weights["fc3.weight"]):
+            raise ValueError("no classes")
         net = simpleconv3(len(weights["fc3.weight"]))
         net.load_state_dict(weights)
         for key, value in net.state_dict().items():

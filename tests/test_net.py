@@ -89,7 +89,7 @@ class Calls:
 
 @pytest.mark.parametrize("content, reason", [
     (b"", ""), (b"PK\x03\x04 no zip", ""), ([1, 2], ""), ({"fc3.weight": 3}, ""), ({"a": torch.zeros(2)}, "fc3.weight"),
-    (simpleconv3(4), "holds more than tensors"), ({"fc3.weight": torch.zeros(0, 128)}, ""), ({3: torch.zeros(2)}, ""),
+    (simpleconv3(4), "holds more than tensors"), (altered("fc3.weight", torch.zeros(0, 128)) | {"fc3.bias": torch.zeros(0)}, "no classes"), ({3: torch.zeros(2)}, ""),
     (altered("conv2.weight", torch.zeros(24, 12, 5, 5)), "size mismatch"),
     (altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.int32)), "fc2.weight is torch.int32"),
     (altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.complex64)), "fc2.weight is torch.complex64"),
