@@ -123,10 +123,10 @@ def normalize(images):
 
 
 def zoom(side):
-    """The matrix Z by which ``Z @ x @ Z.T`` enlarges the central square of `side` pixels of x to the whole: 48 x 48."""
+    """The matrix Z, 48 x 48, by which ``Z.T @ x @ Z`` enlarges the central square of `side` pixels of x to the whole."""
     margin = (CROP_SIZE - side) // 2
-    lines = F.interpolate(torch.eye(side)[None], size=CROP_SIZE, mode="linear")[0].T
-    return F.pad(lines, (margin, CROP_SIZE - side - margin))
+    lines = F.interpolate(torch.eye(side)[None], size=CROP_SIZE, mode="linear")[0]
+    return F.pad(lines, (0, 0, margin, CROP_SIZE - side - margin))
 
 
 def logits_of(model, x, flip=False, views=(CROP_SIZE,)):
@@ -145,8 +145,8 @@ def logits_of(model, x, flip=False, views=(CROP_SIZE,)):
     -------
     float tensor of shape (N, nclass)
     """
-    # products, not slices and flips: OpenCV misreads those in an exported model
-    looks = [x if side == CROP_SIZE else (z := zoom(side).to(x)) @ x @ z.T for side in views]
+    # products from the right, not slices and flips: OpenCV misreads those in an exported model
+    looks = [x if side == CROP_SIZE else ((x @ (z := zoom(side).to(x))).transpose(2, 3) @ z).transpose(2, 3) for side in views]
     if flip:
         looks += [look @ MIRROR.to(x) for look in looks]
     if len(looks) == 1:

@@ -35,7 +35,7 @@ from torch.optim.sgd import sgd
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from net import CROP_SIZE, atomic_write, logits_of, normalize, save_model, simpleconv3, square
+from net import CROP_SIZE, atomic_write, check_classes, logits_of, normalize, save_model, simpleconv3, square
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
@@ -173,6 +173,7 @@ def load_data(data, rank=0, world=1):
             raise ValueError(f"{data / part}: class {only[0]} is not in {data / other}; "
                              "give it two or more crops and run 'python split_train_val.py' again")
     classes = tuple(sorted(names["train"]))
+    check_classes(classes)  # now, not when the trained model is loaded
     if len(classes) < 2:
         raise ValueError(f"{data / 'train'}: only one class, {classes[0]}; a classifier needs two or more folders of photos")
     loaded = []
@@ -514,14 +515,19 @@ class Run:
             buffer.copy_(stored)
         self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
         self.best, self.last, self.best_weights = state["best"], state["last"], state["best_net"]
-        self.log_dir = state["log_dir"]
+        self.log_dir = str(self.args.logs / Path(state["log_dir"]).name)  # a checkpoint may come from a stranger
 
 
 def read_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no run to resume; start one without --resume")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"args", "classes", "net", "momentum", "log_dir"} - set(state)
+        if missing:
+            raise ValueError
+        check_classes(state["classes"])
+        return state
     except Exception as error:  # torch.load raises almost anything
         raise ValueError(f"{path}: damaged ({type(error).__name__}); start again without --resume") from None
 
@@ -660,14 +666,15 @@ def parse_args(argv=None):
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="for TensorBoard, one folder a run (default: %(default)s)")
     parser.add_argument("--models", type=Path, default=Path("models"), help="for model.pt and model.json (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
-                        help=f"go on from <models>/{CHECKPOINT} with that run's settings, but for those given here")
+                        help=f"go on from <models>/{CHECKPOINT} with that run's settings; name the folders that it was given")
     args = parser.parse_args(argv)
     parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
     if args.resume:
         stored = read_checkpoint(args.models / CHECKPOINT)["args"]
-        paths = {"data", "logs", "models"}
-        parser.set_defaults(**{key: Path(value) if key in paths else value for key, value in stored.items() if key != "resume"})
+        # where the run is written is said here, not in the checkpoint: it may have moved, or come from a stranger
+        known = set(vars(args)) - {"resume", "data", "logs", "models"}
+        parser.set_defaults(**{key: value for key, value in stored.items() if key in known})
         args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "step_size"):
         if getattr(args, name) < 1:

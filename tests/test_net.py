@@ -166,6 +166,7 @@ FOUR = {"classes": ["a", "b", "c", "d"]}
     ({"classes": ["a", "\x9b", "c", "d"]}, r"class 1 is '\x9b'"), ({"classes": ["a", "b", "\ud800", "d"]}, "class 2 is"),
     ({"classes": ["../../a", "b", "c", "d"]}, "class 0 is '../../a'"), ({"classes": ["a", "..", "c", "d"]}, "class 1 is '..'"),
     ({"classes": ["C:\\a", "b", "c", "d"]}, "class 0 is"), ({"classes": ["a" * 300, "b", "c", "d"]}, "class 0 is 'aaa"),
+    (FOUR | {"views": 48}, "views must be"), (FOUR | {"views": [48, 4]}, "views must be"), (FOUR | {"views": [44.0]}, "views must be"),
     (FOUR | {"flip": "yes"}, "flip must be"), (FOUR | {"flip": 1}, "flip must be"),
     *[(FOUR | {"temperature": t}, "temperature must be") for t in (0, -1, "1", None, True, [1], float("nan"), float("inf"), 1e-40, 10**400)],
 ])
