@@ -633,8 +633,11 @@ def train(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = parser.add_argument_group("recipe", "each flag overrides what --recipe sets; defaults for textbook / strong")
+    title, examples, more = __doc__.strip().split("\n\n")
+    parser = argparse.ArgumentParser(
+        usage="python train.py [options]", description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34))
+    recipe = parser.add_argument_group("recipe: each flag overrides what --recipe sets; defaults for textbook / strong")
 
     def setting(flag, help, **more):
         values = [RECIPES[name][flag.strip("-").replace("-", "_")] for name in RECIPES]
@@ -642,7 +645,7 @@ def parse_args(argv=None):
         recipe.add_argument(flag, help=f"{help} ({a} / {b})", **more)
 
     recipe.add_argument("--recipe", choices=RECIPES, default="textbook",
-                        help="textbook: as printed there; strong: better, in fewer epochs (default: %(default)s)")
+                        help="as printed there, or better, in fewer epochs (default: %(default)s)")
     setting("--epochs", "passes over the training set", type=int, metavar="N")
     setting("--batch-size", "over all processes", type=int, metavar="N")
     setting("--lr", "highest learning rate", type=float, metavar="LR")
@@ -653,20 +656,20 @@ def parse_args(argv=None):
     setting("--gamma", "and by which factor", type=float, metavar="G")
     setting("--crop", "least share of the area that a random crop keeps", type=float, metavar="A")
     setting("--rotate", "random turns up to this many degrees", type=float, metavar="D")
-    setting("--colour", "random change of brightness, contrast, saturation", type=float, metavar="C")
+    setting("--colour", "change of brightness, contrast, saturation", type=float, metavar="C")
     setting("--grey", "share of images that lose their colour", type=float, metavar="P")
     setting("--smoothing", "of the labels", type=float, metavar="S")
-    setting("--average", "decay of a moving average of the weights, which is then the model; 0: none", type=float, metavar="D")
-    setting("--balance", "how much more rare classes count; 1: all classes the same in sum", type=float, metavar="P")
+    setting("--average", "decay of a moving average of the weights; 0: none", type=float, metavar="D")
+    setting("--balance", "rare classes count more; 1: all the same in sum", type=float, metavar="P")
     setting("--flip", "predict the mean of a crop and its mirror image", action=argparse.BooleanOptionalAction)
     setting("--views", "predict the mean of central squares of these sides", type=int, nargs="+", metavar="S")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the accelerator where there is one)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the accelerator, if any)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="holds train/ and val/ (default: %(default)s)")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="for TensorBoard, one folder a run (default: %(default)s)")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="for TensorBoard (default: %(default)s)")
     parser.add_argument("--models", type=Path, default=Path("models"), help="for model.pt and model.json (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
-                        help=f"go on from <models>/{CHECKPOINT} with that run's settings; name the folders that it was given")
+                        help=f"go on from <models>/{CHECKPOINT} with that run's settings")
     args = parser.parse_args(argv)
     parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
