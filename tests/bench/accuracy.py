@@ -2,6 +2,7 @@
 
     python tests/bench/accuracy.py CROPS                                     both recipes, 5 folds
     python tests/bench/accuracy.py CROPS --group '([^/]+)_\\d+\\.'             persons apart
+    python tests/bench/accuracy.py CROPS --test OTHER                        trained on one set, tested on another
     python tests/bench/accuracy.py CROPS --recipes torchvision textbook strong strong:25     and seconds to get there
 
 CROPS holds class folders; with a manifest.csv of preprocess_lips.py in it, the groups are taken from the
@@ -78,6 +79,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("crops", type=Path)
     parser.add_argument("--group", metavar="REGEX")
+    parser.add_argument("--test", type=Path, metavar="CROPS", help="other crops, whose classes that are the same are tested")
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--recipes", nargs="+", default=["textbook", "strong"], help="(default: both)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the folds (default: %(default)s)")
@@ -85,22 +87,30 @@ def main():
     args, more = parser.parse_known_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    files = list_crops(args.crops)
-    sources = {(row["class"], row["crop"]): row["source"] for row in read_csv(args.crops / MANIFEST)}
-    classes = sorted({label for label, _ in files})
-    labels = np.array([classes.index(label) for label, _ in files])
-    paths = [sources.get(file, "/".join(file)) for file in files]
-    groups = [group_of(path, re.compile(args.group)) for path in paths] if args.group else paths
-    fold = make_folds(labels, groups, args.folds, args.seed)
-    print(f"{len(files)} crops of {len(classes)} classes, {len(set(groups))} groups, {args.folds} folds")
+    files = [(args.crops, *file) for file in list_crops(args.crops)]
+    if args.test:
+        others = [(args.test, *file) for file in list_crops(args.test)]
+        shared = {label for _, label, _ in files} & {label for _, label, _ in others}
+        files = [file for file in files + others if file[1] in shared]
+        folds = [[file[0] is args.test for file in files]]
+        print(f"{len(files) - sum(folds[0])} crops to train, {sum(folds[0])} to test, classes {', '.join(sorted(shared))}")
+    classes = sorted({label for _, label, _ in files})
+    if not args.test:
+        sources = {(row["class"], row["crop"]): row["source"] for row in read_csv(args.crops / MANIFEST)}
+        labels = np.array([classes.index(label) for _, label, _ in files])
+        paths = [sources.get(file[1:], "/".join(file[1:])) for file in files]
+        groups = [group_of(path, re.compile(args.group)) for path in paths] if args.group else paths
+        fold = make_folds(labels, groups, args.folds, args.seed)
+        folds = [fold == k for k in range(args.folds)]
+        print(f"{len(files)} crops of {len(classes)} classes, {len(set(groups))} groups, {args.folds} folds")
     for recipe in args.recipes:
         accuracy, balanced, seconds, logits, truths = [], [], [], [], []
-        for k in range(args.folds):
+        for held_out in folds:
             with tempfile.TemporaryDirectory() as folder:
-                for (label, name), place in zip(files, fold):
-                    target = Path(folder) / ("val" if place == k else "train") / label
+                for (place, label, name), test in zip(files, held_out):
+                    target = Path(folder) / ("val" if test else "train") / label
                     target.mkdir(parents=True, exist_ok=True)
-                    os.symlink((args.crops / label / name).resolve(), target / name)
+                    os.symlink((place / label / name).resolve(), target / name)
                 out, truth, time_taken = one_fold(recipe, Path(folder), more)
             matrix = train.confusion_matrix(out.argmax(1), truth, len(classes))
             accuracy.append(float(matrix.trace() / matrix.sum()))
@@ -109,7 +119,7 @@ def main():
             logits.append(out)
             truths.append(truth)
         error = train.calibration_error(torch.cat(logits).softmax(1), torch.cat(truths))
-        print(f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {np.std(accuracy, ddof=1):.2%}   balanced {np.mean(balanced):.2%}   "
+        print(f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {np.std(accuracy, ddof=len(folds) > 1):.2%}   balanced {np.mean(balanced):.2%}   "
               f"calibration error {error:.1%}   {np.mean(seconds):.1f} s a fold   folds "
               + " ".join(f"{a:.1%}" for a in accuracy), flush=True)
 
