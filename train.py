@@ -12,13 +12,16 @@ the epoch with the best validation accuracy; models/model.json beside it says ev
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -532,6 +535,22 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: damaged ({type(error).__name__}); start again without --resume") from None
 
 
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C waits for the end of this block: within TensorBoard's queue it would make the end wait for ever."""
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield
+        return
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
 def train(args):
     """Train as the command line says; see the parser for the settings. Returns the `Run`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -611,24 +630,26 @@ def train(args):
             run.seconds += times[2] - times[0]
             if rank:
                 continue
-            better = run.record(net, average, momentum, scores, logits, val_labels)
-            tqdm.write(
-                f"epoch {epoch:3}/{args.epochs}  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
-                f" {train_n / (times[1] - times[0]):7,.0f}/s  val loss {scores['val_loss']:.4f}"
-                f" acc {scores['val_acc']:7.2%} {val_n / (times[2] - times[1]):7,.0f}/s{'  best' if better else ''}", file=sys.stdout)
-            for tag in ("train_loss", "train_acc", "val_loss", "val_acc"):
-                log.add_scalar(f"data/{tag.replace('_', '')}", scores[tag], epoch)
-            log.add_scalar("data/valbalanced", scores["val_balanced"], epoch)
-            log.add_scalar("learning rate", learning_rate(args, epoch - 1), epoch)
-            if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
-                log.add_image("confusion matrix", draw_matrix(matrix, classes), epoch, dataformats="HWC")
-                for name, parameter in net.named_parameters():
-                    log.add_histogram(name.replace(".", "/"), parameter, epoch)
+            with uninterrupted():
+                better = run.record(net, average, momentum, scores, logits, val_labels)
+                tqdm.write(
+                    f"epoch {epoch:3}/{args.epochs}  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
+                    f" {train_n / (times[1] - times[0]):7,.0f}/s  val loss {scores['val_loss']:.4f}"
+                    f" acc {scores['val_acc']:7.2%} {val_n / (times[2] - times[1]):7,.0f}/s{'  best' if better else ''}", file=sys.stdout)
+                for tag in ("train_loss", "train_acc", "val_loss", "val_acc"):
+                    log.add_scalar(f"data/{tag.replace('_', '')}", scores[tag], epoch)
+                log.add_scalar("data/valbalanced", scores["val_balanced"], epoch)
+                log.add_scalar("learning rate", learning_rate(args, epoch - 1), epoch)
+                if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
+                    log.add_image("confusion matrix", draw_matrix(matrix, classes), epoch, dataformats="HWC")
+                    for name, parameter in net.named_parameters():
+                        log.add_histogram(name.replace(".", "/"), parameter, epoch)
     finally:
         bar.close()
         if rank == 0:
-            run.save()
-            log.close()
+            with uninterrupted():
+                run.save()
+                log.close()
     return run
 
 
