@@ -299,6 +299,31 @@ class LipCropper:
                 faces[i] = Face(tuple(round(v * scale) for v in face.box), landmarks, mouth, crop, face.detector)
         return faces, doubtful, size
 
+    def follow(self, photo, landmarks):
+        """Find a face again in the next frame of a video, from where it was: a fraction of the time of a search.
+
+        Parameters
+        ----------
+        photo : uint8 array of shape (H, W, 3), RGB
+        landmarks : float array of shape (68, 2)
+            Of the face in the frame before.
+
+        Returns
+        -------
+        Face or None
+            None where there is no longer a face, or it went further than a third of its size.
+        """
+        # the box in which a search would have found them, by the medians over photos
+        centre = landmarks.mean(0)
+        side = 3.25 * np.sqrt(((landmarks - centre) ** 2).sum(1).mean())
+        left, top = centre - (side / 2, 0.617 * side)
+        box = (left, top, left + side, top + side)
+        landmarks = self._landmarks(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), box, False)
+        if landmarks is None:
+            return None
+        mouth = mouth_box(landmarks)
+        return Face(tuple(round(float(v)) for v in box), landmarks, mouth, cut(photo, mouth, CROP_SIDE), "followed")
+
     def _detector(self, name):
         """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
         detectors = self._local.__dict__
