@@ -1,28 +1,47 @@
-"""Name the expression of every mouth in photos, with the weights that train.py made.
+"""Name the expression of every mouth in photos, videos or before a camera, with the weights that train.py made.
 
     python predict.py photo.jpg                        one line a face
-    python predict.py holiday/ --save named            annotated copies of all photos of a folder
+    python predict.py holiday/ --save named            annotated copies of all photos and videos of a folder, and a page of them
+    python predict.py clip.mp4                         one line for every change, with the time
+    python predict.py --camera 0                       a live window
     python predict.py crops/ --crops --json            mouth crops instead of photos, one JSON object a line
     python predict.py --evaluate data/val --crops      accuracy on a folder of class folders
 
 In other code:
 
     from net import load_model
-    from predict import predict_photos
-    for result in predict_photos(["photo.jpg"], load_model("models/model.pt")):
+    from predict import predict_photos, predict_video
+    model = load_model("models/model.pt")
+    for result in predict_photos(["photo.jpg"], model):
         print(result.faces, result.probabilities)
+    for moment in predict_video(cv2.VideoCapture("clip.mp4"), model):
+        print(moment.time, moment.numbers, moment.probabilities)
 """
 
 import argparse
+import contextlib
+import functools
+import html
 import io
+import itertools
 import json
 import os
+import secrets
+import subprocess
 import sys
-from collections import deque
+import time
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
+from urllib.parse import quote
 
+# read when OpenCV is loaded: of a broken video it would say the same in a dozen lines
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -32,6 +51,17 @@ from preprocess_lips import Face, LipCropper, cores, label_font, read_photo, wri
 
 BATCH = 32  # photos whose faces go through the network together
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
+VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+SEARCH_EVERY = 6  # frames of a video; in between, known faces are followed
+SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in a video
+PATIENCE = 15  # frames for which a face that is out of sight keeps its number
+
+EXAMPLES = """examples:
+  python predict.py photo.jpg clip.mp4 holiday/ --save named
+  python predict.py --camera 0
+"""
+
+label_font = functools.cache(label_font)  # loading one takes longer than drawing with it
 
 
 class Result(NamedTuple):
@@ -90,21 +120,90 @@ def predict_photos(sources, model, crops=False, workers=None):
                 probabilities = probabilities[n:]
 
 
-def as_json(result, classes):
-    """The objects that --json prints for a photo: one a face, or one that says why there is none."""
+class Moment(NamedTuple):
+    """One frame of a video."""
+
+    time: float  # seconds since the first frame
+    frame: np.ndarray  # uint8, H x W x 3, RGB
+    numbers: list  # of the faces, from 1; a face keeps its number as long as it is followed
+    faces: list  # of preprocess_lips.Face
+    probabilities: np.ndarray  # float32, faces x classes, smoothed over some frames; rows sum to 1
+
+
+def predict_video(capture, model):
+    """Classify the mouths in every frame of a video, each face with a number that it keeps.
+
+    Faces are searched in every sixth frame and when one is lost, and followed from frame to frame in between.
+
+    Parameters
+    ----------
+    capture : cv2.VideoCapture
+    model : net.simpleconv3
+        In eval mode, as `net.load_model` returns it.
+
+    Yields
+    ------
+    Moment
+        One for each frame that can be decoded.
+    """
+    cropper = LipCropper()
+    known = {}  # number: (face, probabilities, frames since it was seen)
+    new = itertools.count(1)
+    start = None
+    for i in itertools.count():
+        ok, frame = capture.read()
+        if not ok:
+            return
+        # cameras stamp their frames in ways of their own
+        now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if capture.getBackendName() == "FFMPEG" else time.perf_counter()
+        start = now if start is None else start
+        frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        seen = {}
+        for number, (face, _, missed) in known.items():
+            face = None if missed else cropper.follow(frame, face.landmarks)
+            if face and not any(_same(face, other) for other in seen.values()):
+                seen[number] = face
+        lost = any(number not in seen for number, (_, _, missed) in known.items() if not missed)
+        if lost or i % SEARCH_EVERY == 0:
+            places = {number: face for number, (face, _, _) in known.items()} | seen
+            for face in cropper(frame):
+                number = next((number for number, place in places.items() if _same(face, place)), None) or next(new)
+                seen[number] = places[number] = face
+        rows = predict(model, [face.crop for face in seen.values()]).numpy()
+        for (number, face), row in zip(seen.items(), rows):
+            before = known[number][1] if number in known else row
+            known[number] = face, before + SMOOTHING * (row - before), 0
+        for number in known.keys() - seen.keys():
+            face, row, missed = known.pop(number)
+            if missed < PATIENCE:
+                known[number] = face, row, missed + 1
+        numbers = sorted(seen)
+        rows = [known[number][1] for number in numbers]
+        yield Moment(now - start, frame, numbers, [seen[n] for n in numbers], np.array(rows).reshape(-1, len(model.classes)))
+
+
+def _same(a, b):
+    """Whether two faces of one or of neighbouring frames are the same: their mouths are less than half a face apart."""
+    apart = np.subtract(a.mouth[:2], b.mouth[:2]) + np.subtract(a.mouth[2:], b.mouth[2:])
+    return np.hypot(*apart) / 2 < (b.box[2] - b.box[0]) / 2
+
+
+def as_json(result, classes, numbers=None, **where):
+    """The objects that --json prints for a photo or a frame: one a face, or one that says why there is none."""
+    where = {"source": str(result.source), **where}
     if result.error:
-        return [{"source": str(result.source), "face": None, "error": result.error}]
+        return [where | {"face": None, "error": result.error}]
     return [
-        {
-            "source": str(result.source), "face": i, "box": list(face.box), "mouth": list(face.mouth),
+        where | {
+            "face": number, "box": list(face.box), "mouth": list(face.mouth),
             "label": classes[row.argmax()], "probability": round(float(row.max()), 4),
             "probabilities": {name: round(float(p), 4) for name, p in zip(classes, row)},
         }
-        for i, (face, row) in enumerate(zip(result.faces, result.probabilities), 1)
+        for number, face, row in zip(numbers or itertools.count(1), result.faces, result.probabilities)
     ]
 
 
-def annotate(photo, faces, probabilities, classes):
+def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
     """A copy of the photo with every mouth's box, expression and probability.
 
     Parameters
@@ -113,13 +212,14 @@ def annotate(photo, faces, probabilities, classes):
     faces, probabilities
         As in a `Result`.
     classes : sequence of str
+    least : int
+        Pixels to which the longer side of small photos is enlarged, so that the words can be read.
 
     Returns
     -------
     PIL.Image.Image
-        Small photos are enlarged, so that the words can be read.
     """
-    scale = max(1.0, MIN_SAVED / max(photo.shape[:2]))
+    scale = max(1.0, least / max(photo.shape[:2]))
     photo = Image.fromarray(photo)
     photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(photo)
@@ -140,14 +240,32 @@ def annotate(photo, faces, probabilities, classes):
     return photo
 
 
-def list_inputs(inputs):
-    """Pairs of (photo, its path below its input); folders are searched at any depth for image files."""
-    found, suffixes = [], Image.registered_extensions()
+def draw_bars(picture, row, classes, rate):
+    """Draw the probabilities of one face (None: no face) and the frames a second into the corner of a picture."""
+    draw = ImageDraw.Draw(picture, "RGBA")
+    size = max(14, min(picture.size) // 32)
+    step, width = size + 8, max(picture.width // 4, 10 * size)
+    draw.rectangle((0, 0, width + 12, (len(classes) + 1) * step + 8), (0, 0, 0, 150))
+    for i, (name, p) in enumerate(zip(classes, np.zeros(len(classes)) if row is None else row)):
+        draw.rectangle((6, 6 + i * step, 6 + p * width, 2 + (i + 1) * step), (200, 150, 0, 220))
+        font, name = label_font(name, size)
+        draw.text((10, 7 + i * step), name, "white", font)
+        draw.text((width, 7 + i * step), f"{p:.0%}", "white", label_font("0", size)[0], anchor="ra")
+    draw.text((10, 7 + len(classes) * step), f"{rate:.0f} frames/s" + ("  no face" if row is None else ""), "white", label_font("0", size)[0])
+
+
+def is_video(path):
+    return path.suffix.lower() in VIDEOS
+
+
+def list_inputs(inputs, videos=False):
+    """Pairs of (photo, its path below its input); folders are searched at any depth for image files, and for videos if asked."""
+    found, suffixes = [], (Image.registered_extensions().keys() - VIDEOS) | (VIDEOS if videos else set())
     for path in inputs:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
             if not files:
-                raise FileNotFoundError(f"{path}: no photos in this folder")
+                raise FileNotFoundError(f"{path}: no photos {'or videos ' if videos else ''}in this folder")
             found += [(file, file.relative_to(path)) for file in files]
         else:
             found.append((path, Path(path.name)))
@@ -259,20 +377,271 @@ def contradictions_sheet(against, side=150, columns=6, most=48):
     return sheet
 
 
+def open_video(source):
+    """cv2.VideoCapture of a file or address (str) or a camera's number (int).
+
+    Raises
+    ------
+    OSError
+        It cannot be opened; the text says why.
+    """
+    if Path(str(source)).is_file() or isinstance(source, Path):
+        with open(source, "rb") as file:  # OpenCV would not say that it is missing or closed to us
+            if not file.read(1):
+                raise OSError("an empty file")
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    if not capture.isOpened():
+        raise OSError("no such camera, or another program uses it" if isinstance(source, int) else "not a video that OpenCV can decode")
+    return capture
+
+
+@contextlib.contextmanager
+def video_writer(target, rate, size):
+    """A function that takes frames (uint8, H x W x 3, RGB); on leaving, `target` is there, whole, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.mp4")
+    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+    frames = 0
+
+    def write(frame):
+        nonlocal frames
+        frames += 1
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+
+    try:
+        yield write
+        writer.release()
+        # OpenCV says nothing when the disk is full
+        if cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != frames:
+            raise OSError(f"{target}: could not be written; is there room on the disk?")
+        temporary.replace(target)
+    finally:
+        writer.release()
+        temporary.unlink(missing_ok=True)
+
+
+class Window:
+    """The live window. Raises OSError where none can be opened."""
+
+    def __init__(self, title):
+        # without a screen OpenCV ends the process, so another one tries first
+        probe = "import cv2; cv2.namedWindow('probe')"
+        if sys.platform == "linux" and subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
+            raise OSError("--camera needs a screen, and OpenCV can open no window here (DISPLAY is "
+                          f"{os.environ.get('DISPLAY') or 'not set'}); a video file can be predicted without --camera")
+        self.title, self.start, self.last, self.rate = title, None, 0.0, 0.0
+
+    def show(self, moment, classes):
+        """Show a frame when its time has come; returns whether to go on."""
+        now = time.perf_counter()
+        if self.start is None:
+            height, width = moment.frame.shape[:2]
+            cv2.namedWindow(self.title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | getattr(cv2, "WINDOW_GUI_NORMAL", 0))
+            cv2.resizeWindow(self.title, width, height)
+            self.start = now
+        else:
+            rate = 1 / max(now - self.last, 1e-6)
+            self.rate += (rate - self.rate) * (0.1 if self.rate else 1)
+        self.last = now
+        picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0)
+        largest = max(range(len(moment.faces)), key=lambda i: moment.faces[i].box[2] - moment.faces[i].box[0], default=None)
+        draw_bars(picture, None if largest is None else moment.probabilities[largest], classes, self.rate)
+        cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+        # files play at their own speed; a camera's frames are always due
+        early = self.start + moment.time - time.perf_counter()
+        key = cv2.waitKey(round(1000 * min(max(early, 0.001), 0.5)))
+        return key not in (ord("q"), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
+
+
+def clock(seconds):
+    return f"{int(seconds // 60)}:{seconds % 60:05.2f}"
+
+
+def run_video(capture, source, model, as_lines=False, target=None, window=None):
+    """Predict a video frame by frame and print it: words for every change, or JSON for every frame.
+
+    Parameters
+    ----------
+    capture : cv2.VideoCapture
+        Released at the end.
+    source : path-like or int
+        What it is called in the lines.
+    model : net.simpleconv3
+    as_lines : bool
+        Print JSON.
+    target : Path, optional
+        Where an annotated copy goes, without sound.
+    window : Window, optional
+        Where the frames are shown until the user ends it.
+
+    Returns
+    -------
+    Counter
+        Frames with each label (a frame with two faces counts twice), and without a face under "".
+        Empty where not one frame can be decoded.
+
+    Raises
+    ------
+    OSError
+        The copy cannot be written.
+    """
+    rate, promised = capture.get(cv2.CAP_PROP_FPS), int(max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    labels, last, n = Counter(), {}, 0  # last: number of a face to its label, time and frame
+    with contextlib.ExitStack() as stack:
+        stack.callback(capture.release)
+        bar = stack.enter_context(tqdm(total=promised or None, unit="frame", leave=False, disable=True if window else None))
+
+        def say(text):
+            with bar.external_write_mode(sys.stdout):
+                print(text, flush=True)
+
+        for n, moment in enumerate(predict_video(capture, model), 1):
+            result = Result(source, moment.faces, moment.probabilities, "" if moment.faces else "no face found")
+            lines = as_json(result, model.classes, moment.numbers, time=round(moment.time, 3))
+            labels.update(line.get("label", "") for line in lines)
+            for line in lines:
+                if as_lines:
+                    say(json.dumps(line, ensure_ascii=False))
+                elif moment.faces:
+                    if line["face"] not in last or last[line["face"]][0] != line["label"]:
+                        say(f"{source}  {clock(moment.time)}  face {line['face']}  {line['label']}  {line['probability']:.1%}")
+                    last[line["face"]] = line["label"], moment.time, n
+            for number, (_, seen, frame) in list(last.items()):
+                if n - frame > PATIENCE:
+                    say(f"{source}  {clock(seen)}  face {number}  gone")
+                    del last[number]
+            if target:
+                if n == 1:
+                    height, width = moment.frame.shape[:2]
+                    write = stack.enter_context(video_writer(target, rate if 0 < rate < 1000 else 25, (width, height)))
+                write(np.asarray(annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0)))
+            bar.update()
+            if window and not window.show(moment, model.classes):
+                return labels
+    if 0 < n < 0.9 * promised and not as_lines:  # formats that store no count promise an estimate
+        print(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded")
+    return labels
+
+
+def shares(labels):
+    """Words for what `run_video` returns."""
+    return ", ".join(f"{label or 'no face'} {count / labels.total():.0%}" for label, count in labels.most_common())
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Expressions</title>
+<style>
+:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }
+body { margin: 0 1rem 2rem }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; align-items: center;
+  padding: .7rem 0; margin-bottom: 1rem; background: Canvas; border-bottom: 1px solid #8886 }
+select, input { font: inherit; max-width: 60vw; vertical-align: middle }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 100%), 1fr)); gap: 1.2rem 1rem }
+figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto 20rem; overflow-wrap: anywhere }
+img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882 }
+p { margin: .3rem 0 }
+ul { margin: .3rem 0; padding: 0; list-style: none; font-size: .85rem }
+li { display: flex; justify-content: space-between; margin: 1px 0; padding: 0 .4rem;
+  background: linear-gradient(to right, #e9a80080 var(--p), #8882 0) }
+li.top { font-weight: bold }
+</style>
+<form autocomplete="off">
+<label>show <select name="class">$options</select></label>
+<label>top probability at most <input name="most" type="range" min="0" max="100" value="100"> <output></output></label>
+<b></b>
+</form>
+<main>
+$cards
+</main>
+<script>
+const form = document.forms[0], cards = [...document.querySelectorAll("figure")]
+const faces = new Map(cards.map(card => [card, card.dataset.faces.split(" ").map(face => face.split(":"))]))
+function show() {
+  const want = form.class.value, most = +form.most.value
+  // what has no face has no probability: over 100
+  const fits = ([label, p]) => (!want || label == want) && (p <= most || p > 100 && (want || most == 100))
+  for (const card of cards) card.hidden = !faces.get(card).some(fits)
+  form.querySelector("output").value = most + " %"
+  form.querySelector("b").textContent = cards.filter(card => !card.hidden).length + " of " + cards.length
+}
+function read() {
+  const state = new URLSearchParams(location.hash.slice(1))
+  form.class.value = state.get("class") || ""
+  form.most.value = state.get("most") || 100
+  show()
+}
+form.oninput = () => { show(); history.replaceState(null, "", "#" + new URLSearchParams(new FormData(form))) }
+form.onsubmit = () => false
+onhashchange = read
+read()
+</script>
+""")
+
+
+class Card(NamedTuple):
+    """What the page of --save shows of one photo or video."""
+
+    source: Path
+    copy: Path | None  # the annotated copy, relative to the page
+    rows: list  # probabilities of the classes, a row a face; of a video the shares of its frames
+    error: str  # empty, or why there is no face
+
+
+def gallery(cards, classes):
+    """A page (str, HTML) that shows annotated copies beside it, to be filtered by class and by doubt."""
+    def text(value):
+        return html.escape(str(value).encode("utf-8", "replace").decode())
+
+    figures, counts = [], Counter()
+    for source, copy, rows, error in cards:
+        kind = "unreadable" if error.startswith("unreadable") else "no_face"
+        tops = [(int(np.argmax(row)), f"{100 * max(row):.1f}") for row in rows] or [(kind, 101)]
+        counts.update({label for label, _ in tops})
+        link = html.escape(quote(os.fsencode(copy.as_posix()))) if copy else ""
+        figure = '<figure data-faces="' + " ".join(f"{label}:{p}" for label, p in tops) + '">'
+        name = text(source)
+        if link.endswith(".jpg"):
+            figure += f'<a href="{link}"><img src="{link}" loading="lazy" alt=""></a>'
+        figure += (f'<p><a href="{link}">{name}</a></p>' if link else f"<p>{name}</p>") + (f"<p>{text(error)}</p>" if error else "")
+        for row, (top, _) in zip(rows, tops):
+            figure += "<ul>" + "".join(
+                f'<li class="{"top" * (i == top)}" style="--p:{p:.1%}"><span>{text(name)}</span><span>{p:.1%}</span></li>'
+                for i, (name, p) in enumerate(zip(classes, row))) + "</ul>"
+        figures.append(figure + "</figure>")
+    options = [("", "everything", len(cards))] + [(i, name, counts[i]) for i, name in enumerate(classes)]
+    options += [(kind, kind.replace("_", " "), counts[kind]) for kind in ("no_face", "unreadable") if counts[kind]]
+    return PAGE.substitute(
+        options="".join(f'<option value="{value}">{text(name)} ({count})</option>' for value, name, count in options),
+        cards="\n".join(figures))
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="photos or folders of photos")
-    parser.add_argument("--model", type=Path, default=Path("models/model.pt"), help="(default: %(default)s)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write annotated copies of the photos there, or with --evaluate\n"
-                        "a picture of the mouths that the model contradicts")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of words")
-    parser.add_argument("--crops", action="store_true", help="the images are mouth crops, not photos")
-    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="score the model on a folder of class folders")
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES)
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="photos, videos, or folders of them")
+    parser.add_argument("--model", type=Path, default=Path("models/model.pt"), metavar="FILE", help="weights (default: %(default)s)")
+    group = parser.add_argument_group("instead of inputs")
+    group.add_argument("--camera", metavar="SOURCE", help="show a camera (0 is the first), a video file or an address live in a window; "
+                       "q, Esc or closing it ends")
+    group.add_argument("--evaluate", type=Path, metavar="DIR", help="score the model on photos in a folder of class folders")
+    group = parser.add_argument_group("what the inputs are and what is made of them")
+    group.add_argument("--crops", action="store_true", help="the images are mouth crops, not photos; videos are left out")
+    group.add_argument("--json", action="store_true", help="print one JSON object a face and line (of videos: for every frame) "
+                       "instead of words; with --evaluate one for all")
+    group.add_argument("--save", type=Path, metavar="DIR", help="write annotated copies of photos and videos and a page of them, "
+                       "index.html, there; with --evaluate a picture of the mouths that the model contradicts")
     args = parser.parse_args(argv)
-    if not args.inputs and not args.evaluate:
-        parser.error("name photos or a folder, or --evaluate DIR")
+    if not args.inputs and not args.evaluate and args.camera is None:
+        parser.error("name photos, videos or a folder, or --camera 0, or --evaluate DIR")
+    if args.camera is not None and (args.inputs or args.evaluate or args.save or args.crops):
+        parser.error("--camera goes with --model and --json only; name a video file without --camera to --save it")
     try:
         model = load_model(args.model)
+        if args.camera is not None:
+            show_camera(args, model)
         if args.evaluate:
             if not args.evaluate.is_dir():
                 raise FileNotFoundError(f"{args.evaluate}: no such folder")
@@ -298,34 +667,76 @@ def save_jpeg(picture, path):
     write_file(path, jpeg.getvalue())
 
 
+def show_camera(args, model):
+    source = int(args.camera) if args.camera.isdecimal() else args.camera
+    try:
+        capture = open_video(source)
+    except OSError as error:
+        raise OSError(f"--camera {source}: {error.strerror or error}") from None
+    run_video(capture, source, model, args.json, window=Window(f"{args.camera} - q quits"))
+
+
 def predict_and_print(args, model):
-    files = list_inputs(args.inputs)
+    files = list_inputs(args.inputs, videos=not args.crops)
+    videos = [(file, relative) for file, relative in files if is_video(file) and not args.crops]
+    images = [(file, relative) for file, relative in files if args.crops or not is_video(file)]
     photos = faces = 0
-    used = set()
-    results = predict_photos([file for file, _ in files], model, args.crops)
-    with tqdm(total=len(files), unit="photo", leave=False, disable=None if len(files) > 1 else True) as bar:
-        for (_, relative), result in zip(files, results):
-            with bar.external_write_mode(sys.stdout):
-                for line in as_json(result, model.classes):
-                    if args.json:
-                        print(json.dumps(line, ensure_ascii=False), flush=True)
-                    elif "error" in line:
-                        print(f"{line['source']}  {line['error']}")
-                    else:
-                        print(f"{line['source']}  face {line['face']}  {line['label']}  {line['probability']:.1%}")
-            photos += not result.error
-            faces += len(result.faces)
-            if args.save and not result.error.startswith("unreadable"):
-                target = args.save / relative.with_suffix(".jpg")
-                n = 2
-                while target in used:  # a.png beside a.jpg, or the same name from two folders
-                    target = args.save / relative.with_name(f"{relative.stem}_{n}.jpg")
-                    n += 1
-                used.add(target)
-                save_jpeg(annotate(read_photo(result.source), result.faces, result.probabilities, model.classes), target)
-            bar.update()
+    cards, used = [], {file.resolve() for file, _ in files}
+
+    def unused(relative, suffix):
+        """Where in the folder of --save a copy goes: over none of the inputs, and over no other copy."""
+        names = (f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}" for n in itertools.count(1))
+        target = next(path for path in map((args.save / relative).with_name, names) if path.resolve() not in used)
+        used.add(target.resolve())
+        return target
+
+    try:
+        results = predict_photos([file for file, _ in images], model, args.crops)
+        with tqdm(total=len(images), unit="photo", leave=False, disable=None if len(images) > 1 else True) as bar:
+            for (_, relative), result in zip(images, results):
+                with bar.external_write_mode(sys.stdout):
+                    for line in as_json(result, model.classes):
+                        if args.json:
+                            print(json.dumps(line, ensure_ascii=False), flush=True)
+                        elif "error" in line:
+                            print(f"{line['source']}  {line['error']}")
+                        else:
+                            print(f"{line['source']}  face {line['face']}  {line['label']}  {line['probability']:.1%}")
+                photos += not result.error
+                faces += len(result.faces)
+                if args.save:
+                    target = None
+                    if not result.error.startswith("unreadable"):
+                        target = unused(relative, ".jpg")
+                        save_jpeg(annotate(read_photo(result.source), result.faces, result.probabilities, model.classes), target)
+                    cards.append(Card(result.source, target and target.relative_to(args.save), list(result.probabilities), result.error))
+                bar.update()
+        for file, relative in videos:
+            target, labels, error = None, Counter(), ""
+            try:
+                capture = open_video(file)
+            except OSError as problem:
+                error = f"unreadable: {problem.strerror or problem}"
+            else:
+                target = unused(relative, ".mp4") if args.save else None
+                labels = run_video(capture, file, model, args.json, target)
+                if not labels:
+                    target, error = None, "unreadable: not one frame can be decoded"
+            if args.json and error:
+                print(json.dumps({"source": str(file), "face": None, "error": error}, ensure_ascii=False), flush=True)
+            elif not args.json:
+                print(f"{file}  {error or shares(labels)}")
+            rows = [[labels[name] / labels.total() for name in model.classes]] if any(labels[name] for name in model.classes) else []
+            cards.append(Card(file, target and target.relative_to(args.save), rows, error or ("" if rows else "no face found")))
+    finally:  # a page of what was done before Ctrl-C
+        if args.save:
+            write_file(args.save / "index.html", gallery(cards, model.classes).encode())
     if not args.json:
-        print(f"{faces} faces in {photos} of {len(files)} photos" + (f"; annotated copies in {args.save}" if args.save else ""))
+        done = [f"{faces} faces in {photos} of {len(images)} photos"] if images else []
+        done += [f"{sum(not card.error for card in cards if is_video(card.source))} of {len(videos)} videos have faces"] if len(videos) > 1 else []
+        done += [f"annotated copies in {args.save}, look at {args.save / 'index.html'}"] if args.save else []
+        if done:
+            print("; ".join(done))
 
 
 if __name__ == "__main__":
