@@ -43,6 +43,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
 VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
 SEARCH_EVERY = 6  # frames of a video; in between, known faces are followed
 SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in a video
+LEAD = 0.1  # by which a label must beat the one printed before to be a change
 PATIENCE = 15  # frames for which a face that is out of sight keeps its number
 
 EXAMPLES = """examples:
@@ -486,6 +488,7 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
         The copy cannot be written.
     """
     rate, promised = capture.get(cv2.CAP_PROP_FPS), int(max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    torch.set_num_threads(1)  # of one crop at a time, more threads only make each other wait
     labels, last, n = Counter(), {}, 0  # last: number of a face to its label, time and frame
     with contextlib.ExitStack() as stack:
         stack.callback(capture.release)
@@ -503,9 +506,11 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
                 if as_lines:
                     say(json.dumps(line, ensure_ascii=False))
                 elif moment.faces:
-                    if line["face"] not in last or last[line["face"]][0] != line["label"]:
-                        say(f"{source}  {clock(moment.time)}  face {line['face']}  {line['label']}  {line['probability']:.1%}")
-                    last[line["face"]] = line["label"], moment.time, n
+                    label = last[line["face"]][0] if line["face"] in last else None
+                    if line["probability"] > line["probabilities"].get(label, -1) + LEAD:
+                        label = line["label"]
+                        say(f"{source}  {clock(moment.time)}  face {line['face']}  {label}  {line['probability']:.1%}")
+                    last[line["face"]] = label, moment.time, n
             for number, (_, seen, frame) in list(last.items()):
                 if n - frame > PATIENCE:
                     say(f"{source}  {clock(seen)}  face {number}  gone")
@@ -518,8 +523,8 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
             bar.update()
             if window and not window.show(moment, model.classes):
                 return labels
-    if 0 < n < 0.9 * promised and not as_lines:  # formats that store no count promise an estimate
-        print(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded")
+    if 0 < n < 0.9 * promised:  # formats that store no count promise an estimate
+        print(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded", file=sys.stderr if as_lines else sys.stdout)
     return labels
 
 
