@@ -393,7 +393,8 @@ def open_video(source):
                 raise OSError("an empty file")
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
-        raise OSError("no such camera, or another program uses it" if isinstance(source, int) else "not a video that OpenCV can decode")
+        raise OSError("no such camera, or another program uses it" if isinstance(source, int) else
+                      "not a video that OpenCV can decode" if Path(source).is_file() else "no such file or address")
     return capture
 
 
@@ -431,7 +432,7 @@ class Window:
         if sys.platform == "linux" and subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
             raise OSError("--camera needs a screen, and OpenCV can open no window here (DISPLAY is "
                           f"{os.environ.get('DISPLAY') or 'not set'}); a video file can be predicted without --camera")
-        self.title, self.start, self.last, self.rate = title, None, 0.0, 0.0
+        self.title, self.start, self.last, self.gap = title, None, 0.0, 0.0
 
     def show(self, moment, classes):
         """Show a frame when its time has come; returns whether to go on."""
@@ -442,12 +443,11 @@ class Window:
             cv2.resizeWindow(self.title, width, height)
             self.start = now
         else:
-            rate = 1 / max(now - self.last, 1e-6)
-            self.rate += (rate - self.rate) * (0.1 if self.rate else 1)
+            self.gap += (now - self.last - self.gap) * (0.05 if self.gap else 1)
         self.last = now
         picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0)
         largest = max(range(len(moment.faces)), key=lambda i: moment.faces[i].box[2] - moment.faces[i].box[0], default=None)
-        draw_bars(picture, None if largest is None else moment.probabilities[largest], classes, self.rate)
+        draw_bars(picture, None if largest is None else moment.probabilities[largest], classes, 1 / self.gap if self.gap else 0)
         cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
         # files play at their own speed; a camera's frames are always due
         early = self.start + moment.time - time.perf_counter()
