@@ -18,12 +18,14 @@ In other code:
 import argparse
 import contextlib
 import csv
+import faulthandler
 import hashlib
 import importlib.util
 import io
 import json
 import multiprocessing
 import os
+import re
 import secrets
 import signal
 import stat
@@ -31,8 +33,8 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
@@ -52,12 +54,18 @@ DECODE_SIDE = 512  # pixels that the shorter side keeps where a JPEG is decoded 
 SEARCH_SIDE = 640  # pixels of the longer side in which faces are searched, whatever the photo's size
 FACE_SIDE = 120  # landmarks are looked for at this size of the face, whatever the photo's
 
+# What a file from a stranger may cost. Photos that want more are unreadable.
+MAX_PIXELS = 120_000_000  # the largest cameras and telephones make 108 million
+MAX_BYTES = 4 * MAX_PIXELS  # of the file
+MAX_SECONDS = 60  # for a photo in a worker process
+MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts with
+
 COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns")
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
 JOURNAL = "manifest.csv.part"
 
-# Pillow warns of photos over 89 million pixels, which are read here like others, and refuses twice that
+# Pillow warns of photos over 89 million pixels, which are read here like others up to MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -89,9 +97,26 @@ def read_photo(source):
     Raises
     ------
     OSError
-        The file cannot be read, is no image, is damaged or cut short, or holds over 179 million pixels.
+        The file cannot be read, is no image, is damaged or cut short, or holds over `MAX_PIXELS`.
     """
     return _decode(source)[0]
+
+
+def read_file(path):
+    """The bytes of a regular file. Pipes and devices, which may never end, are not opened.
+
+    Raises
+    ------
+    OSError
+        It cannot be read, is no regular file, or holds over `MAX_BYTES`.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("not a regular file")
+    if about.st_size > MAX_BYTES:
+        raise OSError(f"larger than {MAX_BYTES // 1_000_000} MB")
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES)
 
 
 def _decode(source, least=None):
@@ -100,32 +125,42 @@ def _decode(source, least=None):
     With `least`, a JPEG is decoded at the half, the quarter or the eighth of its size, as long as both
     sides keep that many pixels: a fraction of the time.
     """
+    data = source if isinstance(source, bytes) else read_file(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(data)) as image:
             size = image.size
+            if not 0 < size[0] * size[1] <= MAX_PIXELS:
+                raise OSError(f"{size[0]} x {size[1]} pixels")
+            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+                raise OSError(f"{image.format} is not read")
             if least:
                 image.draft("RGB", (least, least))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if (image.width < image.height) != (size[0] < size[1]):
                 size = size[::-1]
+            return _rgb(image), size
     except OSError:
         raise
     except Exception as error:  # decoders raise almost anything on hostile files
         raise OSError(f"not a readable image ({error})") from None
+
+
+def _rgb(image):
+    """The pixels of a PIL image in any mode: uint8 array of shape (H, W, 3)."""
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow would clip, not scale
-        grey = np.asarray(image, dtype=np.float64)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
         if image.mode == "F":
             grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-9))
         elif grey.max() > 255:
             grey = grey / 257
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, 2), size
+        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, 2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "L":
-        return cv2.cvtColor(np.asarray(image), cv2.COLOR_GRAY2RGB), size
-    return np.array(image.convert("RGB")), size
+        return cv2.cvtColor(np.asarray(image), cv2.COLOR_GRAY2RGB)
+    return np.array(image.convert("RGB"))
 
 
 def cut(image, box, size):
@@ -209,13 +244,20 @@ class LipCropper:
     ------
     FileNotFoundError
         There is no landmark file.
+    ValueError
+        It is damaged.
     """
 
     def __init__(self, predictor=None):
         cv2.setNumThreads(1)  # the caller's workers use the cores; OpenCV's own threads fight them
         self._local = threading.local()
         # dlib opens paths in the system's code page on Windows; a path that it cannot say is no reason to fail
-        self._predictor = dlib.shape_predictor(str(predictor or landmark_file()))
+        path = predictor or landmark_file()
+        try:
+            self._predictor = dlib.shape_predictor(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a file of landmarks ({error}); 'pip install --force-reinstall face_recognition_models' "
+                             "brings one") from None
 
     def __call__(self, photo, largest=False):
         """Find the faces of a photo.
@@ -284,6 +326,7 @@ class LipCropper:
         OSError
             As `read_photo`.
         """
+        source = source if isinstance(source, bytes) else read_file(source)
         photo, size = _decode(source, DECODE_SIDE)
         scale = size[0] / photo.shape[1]
         if unusable(size):
@@ -450,44 +493,131 @@ def _overlap(a, b):
     return max(0, width) * max(0, height) / smaller
 
 
-def write_file(path, data):
-    """Write bytes under a temporary name and rename: readers find the old file or the new one, whole."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+TEMPORARY = "." + "[0-9a-f]" * 16 + ".tmp"  # a pattern for the names that `write_file` and others take from `temporary`
+
+
+def temporary(path):
+    """A new name beside `path`, hidden and like no other's, which `sweep` knows."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
+
+
+def sweep(*folders):
+    """Remove the temporary files that killed runs left in these folders; nobody may be writing there."""
+    for folder in folders:
+        for path in folder.glob(TEMPORARY):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Name the file in errors that come from writing it; a full disk's own message names none."""
     try:
+        yield
+    except OSError as error:
+        if not error.strerror:  # one of ours, which says what there is to say
+            raise
+        raise OSError(f"{path}: cannot be written ({error.strerror}); "
+                      "the same command goes on from there once that is mended") from None
+
+
+def write_file(path, data):
+    """Write bytes under a temporary name, flush them to the disk and rename.
+
+    Whoever reads `path`, at any moment and after any crash, finds the old content or the new one, whole.
+    """
+    part = temporary(path)
+    with writing(path):
         try:
-            temporary.write_bytes(data)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            try:
+                file = open(part, "xb")
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(part, "xb")
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` for this process alone. The system lets go of it when the process ends, however it ends.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                file.seek(1 << 30)  # beyond the end: Windows would let nobody read what is locked
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BlockingIOError(f"{path.parent}: another run is at work there; wait for its end") from None
+        except OSError:
+            pass  # some network disks know no locks
+        yield
+
+
+def plain(text):
+    """A text that is safe to print: what would steer the terminal, or is not in its alphabet, is escaped."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def is_name(text):
+    """Whether a text names something in a folder, not a way out of it."""
+    return text not in ("", ".", "..") and Path(text).name == text
 
 
 def crop_name(label, sha1):
+    while len(os.fsencode(label)) > 230:  # file names end at 255 bytes
+        label = label[:-1]
     return f"{label}_{sha1[:12]}.jpg"
 
 
-def process_photo(cropper, photos, crops, source, label):
-    """Crop the mouth of the largest face in ``photos/source`` into ``crops/label``.
+def _identify(photos, source, label):
+    """A photo's row as far as the file alone tells, with `unreadable` for status, and its content, None if that is true."""
+    row = dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
+    try:
+        about = (photos / source).stat()
+        row |= {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+        data = read_file(photos / source)
+    except (OSError, MemoryError):
+        return row, None
+    return row | {"sha1": hashlib.sha1(data).hexdigest()}, data
+
+
+def process_photo(cropper, photos, crops, source, label, write=write_file):
+    """Crop the mouth of the largest face in ``photos/source`` into ``crops/label``, by a call of ``write(path, bytes)``.
 
     Returns
     -------
     dict
         The photo's row of the manifest, with `COLUMNS` as keys.
     """
-    row = dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
-    path = photos / source
+    row, data = _identify(photos, source, label)
+    if data is None:
+        return row
     try:
-        about = path.stat()
-        row |= {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
-        if not stat.S_ISREG(about.st_mode):
-            return row
-        data = path.read_bytes()
-        row["sha1"] = hashlib.sha1(data).hexdigest()
         faces, doubtful, size = cropper.find(data, largest=True)
-    except OSError:
+    except (OSError, MemoryError, cv2.error):
         return row
     if unusable(size):
         return row | {"status": unusable(size)}
@@ -499,7 +629,7 @@ def process_photo(cropper, photos, crops, source, label):
         return row | {"status": "too_small"}
     row |= {"status": "ok", "crop": crop_name(label, row["sha1"])}
     _, jpeg = cv2.imencode(".jpg", face.crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-    write_file(crops / label / row["crop"], jpeg.tobytes())
+    write(crops / label / row["crop"], jpeg.tobytes())
     return row
 
 
@@ -507,33 +637,78 @@ def _box_text(box):
     return " ".join(map(str, box))
 
 
-def _start_worker():
-    global _cropper
+def _start_worker(seconds):
+    global _cropper, _trouble, _seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _cropper = LipCropper()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore")  # Pillow's, about what is odd in a photo
+    _cropper = _trouble = None
+    _seconds = seconds
+    try:
+        _cropper = LipCropper()
+    except (OSError, ValueError) as error:  # raised here, it would look as if a photo had killed the worker
+        _trouble = error
+    with contextlib.suppress(ImportError, OSError, ValueError):  # where the system can tell and limit it
+        import resource
+
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _end_with_parent():
+    """A killed parent does not tell its workers, which would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(tasks):
-    return [process_photo(_cropper, *task) for task in tasks]
+    if _trouble:
+        raise _trouble
+    rows, writes = [], []
+
+    def write(*file):
+        writes.append(disk.submit(write_file, *file))
+
+    # flushing takes longer than writing: the disk does a chunk's crops at once, while the next photos are looked at
+    with open(os.devnull, "w") as nowhere, ThreadPoolExecutor(16) as disk:
+        try:
+            for task in tasks:
+                # ends this process even where a decoder never comes back to Python
+                faulthandler.dump_traceback_later(_seconds, exit=True, file=nowhere)
+                rows.append(process_photo(_cropper, *task, write))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    for done in writes:
+        done.result()
+    for folder in {crops / label for _, crops, _, label in tasks} if writes else ():
+        sync_folder(folder)
+    return rows
 
 
-def run_parallel(tasks, workers, chunk=16):
+def run_parallel(tasks, workers, chunk=16, careful=False):
     """Yield the manifest rows of all tasks, in the order in which they finish, some at a time.
 
-    A photo whose worker process dies costs itself only: the others that were under way are tried
-    again one at a time, which finds the culprit.
+    A photo whose worker process dies, or is ended after `MAX_SECONDS`, costs itself only: the others that
+    were under way are tried again, carefully, which is one at a time, and that finds the culprit.
+
+    Raises
+    ------
+    OSError
+        A crop cannot be written, or workers die without a photo.
     """
     chunk = max(1, min(chunk, len(tasks) // (2 * workers)))
     waiting = [tasks[i:i + chunk] for i in range(0, len(tasks), chunk)][::-1]
     running = {}
     while waiting or running:
         # spawn: a worker forked from a process in which OpenCV has run threads waits forever
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(MAX_SECONDS,))
         try:
+            if careful:
+                pool.submit(_work, []).result()  # from here on, a death is the photo's doing
             while waiting or running:
-                while waiting and len(running) < 3 * workers:
-                    some = waiting.pop()
-                    running[pool.submit(_work, some)] = some
+                while waiting and len(running) < (1 if careful else 3 * workers):
+                    future = pool.submit(_work, waiting[-1])
+                    running[future] = waiting.pop()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     rows = future.result()
                     del running[future]
@@ -541,46 +716,75 @@ def run_parallel(tasks, workers, chunk=16):
         except BrokenProcessPool:
             suspects = [task for some in running.values() for task in some]
             running = {}
-            if len(suspects) == 1:
-                *_, source, label = suspects[0]
-                yield [dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}]
-            for suspect in suspects if len(suspects) > 1 else ():
-                yield from run_parallel([suspect], 1)
+            if careful and not suspects:
+                raise ChildProcessError("worker processes die before they begin; is there enough memory? Try --workers 1") from None
+            if careful:
+                (photos, _, source, label), = suspects
+                yield [_identify(photos, source, label)[0]]
+            else:
+                yield from run_parallel(suspects, 1, 1, careful=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def list_photos(photos):
-    """All files in the class folders below `photos`: sorted pairs (source relative to `photos`, class)."""
+    """All files in the class folders below `photos`: sorted pairs (source relative to `photos`, class).
+
+    A folder that cannot be opened counts as a file, so that it does not vanish without a word.
+    """
     found = []
     for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        for place, folders, files in os.walk(folder):
+        closed = []
+        for place, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
             folders.sort()
             found += [((Path(place) / name).relative_to(photos).as_posix(), folder.name) for name in files]
+        found += [(Path(place).relative_to(photos).as_posix(), folder.name) for place in closed]
     return sorted(found)
 
 
 def read_csv(path):
-    """The rows of a CSV file as dicts; none where there is no such file."""
+    """The rows of a CSV file as dicts, in which what is missing is empty; none where there is no such file."""
     if not path.is_file():
         return []
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return [defaultdict(str, {key: value.removeprefix("'") for key, value in row.items() if key})
+                    for row in csv.DictReader(file, restval="")]
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV file ({error}); remove it and run the same command again") from None
 
 
 def write_csv(path, columns, rows):
-    """Write dicts with `columns` as keys, whole or not at all; names that are not UTF-8 keep their bytes."""
+    """Write dicts with `columns` as keys, whole or not at all; names that are not UTF-8 keep their bytes.
+
+    Spreadsheets run what begins with = + - @ or a tab. Such texts get an apostrophe, which `read_csv` takes
+    away again, as do those that begin with one.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        cells = [str(row[column]) for column in columns]
+        writer.writerow([f"'{cell}" if re.match(r"[=+\-@\t\r\n']", cell) and not re.fullmatch(r"-[-\d ]+", cell) else cell for cell in cells])
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Flush names to the disk: that of a renamed file may be lost although its content is not."""
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # it is not there, or on a network disk that cannot
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def _read_journal(path):
     rows = []
     if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill is a photo to do again
                 rows.append(json.loads(line))
     return rows
@@ -590,11 +794,22 @@ def _reusable(row, photos, crops):
     """Whether a row of an earlier run still holds: same photo, and its crop is there."""
     try:
         about = (photos / row["source"]).stat()
+        size, time = str(about.st_size), str(about.st_mtime_ns)
     except OSError:
+        size = time = ""
+    if (size, time) != (str(row["bytes"]), str(row["mtime_ns"])):
         return False
-    if (str(about.st_size), str(about.st_mtime_ns)) != (str(row["bytes"]), str(row["mtime_ns"])):
-        return False
-    return not row["crop"] or (crops / row["class"] / row["crop"]).is_file()
+    return not row["crop"] or _is_ours(row) and (crops / row["class"] / row["crop"]).is_file()
+
+
+def _is_ours(row):
+    """Whether this script made a row's crop: a manifest may come from anywhere, and crops are removed by it."""
+    return is_name(row["class"]) and is_name(row["crop"]) and row["crop"] == crop_name(row["class"], row["sha1"])
+
+
+def _worth_a_try(path):
+    """Whether a photo whose content could not be read before can be now; its permissions may have changed."""
+    return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
 
 
 def settle(rows):
@@ -693,39 +908,42 @@ def preprocess(photos, crops, workers):
     if not sources:
         raise FileNotFoundError(f"{photos}: no photos in class folders; put them in {photos}/<class>/, one folder a class")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    before = read_csv(crops / MANIFEST)
-
-    def known():
-        """What earlier runs and the other processes of this one have done."""
-        journals = [row for path in crops.glob(f"{JOURNAL}*") for row in _read_journal(path)]
-        rows = {row["source"]: row for row in (*before, *journals) if sources.get(row["source"]) == row["class"]}
-        return {source: row for source, row in rows.items() if _reusable(row, photos, crops)}
-
-    rows = known()
-    share = list(sources.items())[rank::world]
-    tasks = [(photos, crops, source, label) for source, label in share if source not in rows]
     journal = crops / f"{JOURNAL}{rank}"
-    write_file(journal, "".join(json.dumps(rows[source]) + "\n" for source, _ in share if source in rows).encode())
-    with open(journal, "a", encoding="utf-8") as log, tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
-        for some in run_parallel(tasks, workers):
-            rows |= {row["source"]: row for row in some}
-            log.write("".join(json.dumps(row) + "\n" for row in some))
-            log.flush()
-            bar.update(len(some))
-    if rank:
-        return None, len(tasks)
-    while len(rows) < len(sources):  # the other processes write their journals on the same disk
-        time.sleep(0.5)
-        rows |= known()
-    final = settle(rows.values())
-    keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
-    for row in (*before, *final):
-        if row["crop"] and (row["class"], row["crop"]) not in keep:
-            (crops / row["class"] / row["crop"]).unlink(missing_ok=True)
-    write_csv(crops / MANIFEST, COLUMNS, final)
-    for path in crops.glob(f"{JOURNAL}*"):
-        path.unlink(missing_ok=True)
-    return final, len(tasks)
+    with locked(journal if rank else crops / ".lock"):
+        before = [row for row in read_csv(crops / MANIFEST) if row["sha1"] or not _worth_a_try(photos / row["source"])]
+
+        def known():
+            """What earlier runs and the other processes of this one have done."""
+            journals = [row for path in crops.glob(f"{JOURNAL}*") for row in _read_journal(path)]
+            rows = {row["source"]: row for row in (*before, *journals) if sources.get(row["source"]) == row["class"]}
+            return {source: row for source, row in rows.items() if _reusable(row, photos, crops)}
+
+        rows = known()
+        share = list(sources.items())[rank::world]
+        tasks = [(photos, crops, source, label) for source, label in share if source not in rows]
+        with writing(journal), open(journal, "a", encoding="utf-8") as log:
+            log.write("\n")  # ends what a kill cut short
+            with tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
+                for some in run_parallel(tasks, workers):
+                    rows |= {row["source"]: row for row in some}
+                    log.write("".join(json.dumps(row) + "\n" for row in some))
+                    log.flush()
+                    bar.update(len(some))
+        if rank:
+            return None, len(tasks)
+        while len(rows) < len(sources):  # the other processes write their journals on the same disk
+            time.sleep(0.5)
+            rows |= known()
+        final = settle(rows.values())
+        keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
+        for row in (*before, *final):
+            if _is_ours(row) and (row["class"], row["crop"]) not in keep:
+                (crops / row["class"] / row["crop"]).unlink(missing_ok=True)
+        write_csv(crops / MANIFEST, COLUMNS, final)
+        for path in crops.glob(f"{JOURNAL}*"):
+            path.unlink(missing_ok=True)
+        sweep(crops, *(path for path in crops.iterdir() if path.is_dir()))
+        return final, len(tasks)
 
 
 def main(argv=None):
@@ -746,19 +964,19 @@ def main(argv=None):
         seconds = time.perf_counter() - start
         if rows is None:
             return
-        print(*table(rows), sep="\n")
+        print(*map(plain, table(rows)), sep="\n")
         print(f"{new} new photos in {seconds:.1f} s, {len(rows) - new} known from before")
         if not any(row["status"] == "ok" for row in rows):
             raise ValueError(f"{args.photos}: not one photo gave a mouth; {args.crops / MANIFEST} says why")
         sheet = io.BytesIO()
         contact_sheet(args.crops, rows).save(sheet, "JPEG", quality=88)
         write_file(args.crops / "preview.jpg", sheet.getvalue())
-        print(f"crops in {args.crops}/<class>/, every photo's fate in {args.crops / MANIFEST}, "
-              f"a look at them in {args.crops / 'preview.jpg'}")
+        print(plain(f"crops in {args.crops}/<class>/, every photo's fate in {args.crops / MANIFEST}, "
+                    f"a look at them in {args.crops / 'preview.jpg'}"))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what is done is kept; the same command goes on from there")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain(error)}")
 
 
 def cores():

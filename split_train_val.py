@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocess_lips import MANIFEST, cores, read_csv, write_csv
+from preprocess_lips import MANIFEST, cores, is_name, locked, plain, read_csv, sweep, temporary, write_csv, writing
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
@@ -245,7 +245,7 @@ def split(crops, data, seed=0, group=None, link=False):
     for (label, _), key in groups.items():
         members[key].append(label)
     record = data / RECORD
-    old = read_csv(record)
+    old = [row for row in read_csv(record) if row["part"] in ("train", "val") and is_name(row["class"]) and is_name(row["file"])]
     made = {(row["part"], row["class"], row["file"]) for row in old}
     before = {groups[key]: row["part"] for row in old if row["draw"] == draw and (key := (row["class"], row["file"])) in groups}
     val = choose_val(members, seed, before)
@@ -258,13 +258,21 @@ def split(crops, data, seed=0, group=None, link=False):
     rows = [row for row in rows if data / row["part"] / row["class"] / row["file"] not in foreign]
     write_csv(record, COLUMNS, rows + [row for row in old if (row["part"], row["class"], row["file"]) not in wanted])
     for part, label, name in sorted(made - wanted):
-        (data / part / label / name).unlink(missing_ok=True)
+        other = "train" if part == "val" else "val"
+        here, there = (data / side / label / name for side in (part, other))
+        with writing(here):
+            if (other, label, name) in wanted and here.exists() and not there.exists():
+                there.parent.mkdir(parents=True, exist_ok=True)
+                here.replace(there)  # what changes sides is never on both, nor on none
+            here.unlink(missing_ok=True)
     for row in tqdm(rows, unit="crop", leave=False, disable=None):
         place_crop(crops / row["class"] / row["file"], data / row["part"] / row["class"] / row["file"], link)
     for part, label, _ in made - wanted:
         folder = data / part / label
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    if hasattr(os, "sync"):
+        os.sync()  # before the record says that all of it is there; one by one takes many times as long
     write_csv(record, COLUMNS, rows)
     return rows, sorted(foreign), alike
 
@@ -276,11 +284,14 @@ def place_crop(source, target, link):
         same = os.path.samefile(source, target)
         if same if link else not same and (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns):
             return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    os.link(source, temporary) if link else shutil.copy2(source, temporary)
-    temporary.replace(target)
+    part = temporary(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, part) if link else shutil.copy2(source, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def table(rows):
@@ -314,23 +325,25 @@ def main(argv=None):
             re.compile(args.group or "")
         except re.error as error:
             raise ValueError(f"--group {args.group}: not a regular expression ({error})") from None
-        rows, foreign, alike = split(args.crops, args.data, args.seed, args.group, args.link)
+        with locked(args.data / ".lock"):
+            sweep(args.data, *args.data.glob("train/*/"), *args.data.glob("val/*/"))
+            rows, foreign, alike = split(args.crops, args.data, args.seed, args.group, args.link)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: run the same command again to finish")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(*table(rows), sep="\n")
+        sys.exit(f"error: {plain(error)}")
+    print(*map(plain, table(rows)), sep="\n")
     if args.group:
         sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
         print(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
     if alike[0]:
         print(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
     for path in foreign[:5]:
-        print(f"left alone, not made by this script: {path}")
+        print(plain(f"left alone, not made by this script: {path}"))
     if len(foreign) > 5:
         print(f"... and {len(foreign) - 5} more")
-    print(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
-          f"listed in {args.data / RECORD}")
+    print(plain(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
+                f"listed in {args.data / RECORD}"))
 
 
 if __name__ == "__main__":
