@@ -452,7 +452,10 @@ class Window:
         # files play at their own speed; a camera's frames are always due
         early = self.start + moment.time - time.perf_counter()
         key = cv2.waitKey(round(1000 * min(max(early, 0.001), 0.5)))
-        return key not in (ord("q"), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
+        try:
+            return key not in (ord("q"), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
+        except cv2.error:  # Qt says so when the last window is gone
+            return False
 
 
 def clock(seconds):
