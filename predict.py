@@ -546,12 +546,14 @@ PAGE = Template("""<!doctype html>
 body { margin: 0 1rem 2rem }
 form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; align-items: center;
   padding: .7rem 0; margin-bottom: 1rem; background: Canvas; border-bottom: 1px solid #8886 }
+label { white-space: nowrap }
 select, input { font: inherit; max-width: 60vw; vertical-align: middle }
+input { width: min(16rem, 30vw) }
+a { color: inherit }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 100%), 1fr)); gap: 1.2rem 1rem }
 figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto 20rem; overflow-wrap: anywhere }
 img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882 }
-p { margin: .3rem 0 }
-ul { margin: .3rem 0; padding: 0; list-style: none; font-size: .85rem }
+p, ul { margin: .3rem 0; padding: 0; list-style: none; font-size: .85rem }
 li { display: flex; justify-content: space-between; margin: 1px 0; padding: 0 .4rem;
   background: linear-gradient(to right, #e9a80080 var(--p), #8882 0) }
 li.top { font-weight: bold }

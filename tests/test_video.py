@@ -1,0 +1,227 @@
+"""Videos and the live window, with clips that are made from real faces."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from net import load_model
+from predict import predict_video
+
+RATE, HOLD = 20, 20  # frames a second, and frames that a face stays
+PARTS = (("s05_1", 0.5), None, ("s01_1", 1.0))  # a dark face, nothing, a bright one
+
+
+@pytest.fixture(scope="module")
+def model(shell_once, mouths):
+    """A model that tells dark mouths from bright ones."""
+    shell_once("train.py", "--epochs", 12, "--lr", 0.02, "--device", "cpu", cwd=mouths)
+    return mouths / "models" / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def shell_once():
+    def run(script, *args, cwd):
+        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def write_clip(path, orl, codec="mp4v", parts=PARTS):
+    """320 x 240: faces that move to and fro; a dark one, nothing, a bright one."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), RATE, (320, 240))
+    assert writer.isOpened()
+    for i in range(HOLD * len(parts)):
+        frame = np.full((240, 320), 128, np.uint8)
+        if parts[i // HOLD]:
+            name, brightness = parts[i // HOLD]
+            face = cv2.resize(orl[name], (164, 200))
+            face = face // 2 if brightness < 1 else 255 - (255 - face) // 2
+            x = 70 + round(20 * np.sin(i / 6))
+            frame[20:220, x:x + 164] = face
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR))
+    writer.release()
+    return path
+
+
+def frames_of(path):
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+def test_lines_tell_changes_and_the_copy_has_every_frame(shell, model, orl, tmp_path):
+    write_clip(tmp_path / "clip.mp4", orl)
+    out = shell("predict.py", "clip.mp4", "--model", model, "--save", "named").stdout.splitlines()
+    lines = [line.split("  ") for line in out]
+    assert all(line[0] == "clip.mp4" for line in lines[:-1])
+    # the first face comes at once, is gone when it vanishes, and the second has another number
+    assert lines[0][1:4] == ["0:00.00", "face 1", "dark"]
+    assert ["clip.mp4", "0:00.95", "face 1", "gone"] in lines
+    second = next(line for line in lines if line[2:] and line[2] == "face 2")
+    assert second[3] == "bright" and 2.0 <= float(second[1].split(":")[1]) <= 2.3
+    assert "no face 3" in lines[-2][1] and "named/index.html" in out[-1]
+
+    before, _ = frames_of(tmp_path / "clip.mp4")
+    after, rate = frames_of(tmp_path / "named" / "clip.mp4")
+    assert len(after) == len(before) == 3 * HOLD and rate == RATE and after[0].shape == before[0].shape
+    yellow = [((f[..., 2] > 180) & (f[..., 1] > 180) & (f[..., 0] < 110)).sum() for f in after]
+    assert min(yellow[:HOLD]) > 300 and max(yellow[HOLD + 2:2 * HOLD]) < 50 and min(yellow[-10:]) > 300
+    assert sorted(p.name for p in (tmp_path / "named").iterdir()) == ["clip.mp4", "index.html"]
+
+
+def test_json_has_an_object_a_face_and_frame(shell, model, orl, tmp_path):
+    write_clip(tmp_path / "clip.avi", orl, "MJPG")
+    lines = [json.loads(line) for line in shell("predict.py", "clip.avi", "--model", model, "--json").stdout.splitlines()]
+    assert [line["time"] for line in lines] == [round(i / RATE, 3) for i in range(3 * HOLD)]
+    assert {line["label"] for line in lines[:HOLD]} == {"dark"} and {line["label"] for line in lines[-10:]} == {"bright"}
+    assert lines[HOLD + 5] == {"source": "clip.avi", "time": round((HOLD + 5) / RATE, 3), "face": None, "error": "no face found"}
+    for line in lines[:HOLD]:
+        assert line["face"] == 1 and sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_moving_face_keeps_its_number_and_its_mouth_is_where_the_frame_shows_it(model, orl, cropper, tmp_path):
+    clip = write_clip(tmp_path / "clip.avi", orl, "MJPG", [("s05_1", 0.5)] * 2)
+    moments = list(predict_video(cv2.VideoCapture(str(clip)), load_model(model)))
+    assert [moment.numbers for moment in moments] == [[1]] * (2 * HOLD)
+    assert Counter(moment.faces[0].detector for moment in moments)["followed"] > HOLD
+    for moment in moments:
+        alone, side = cropper(moment.frame, largest=True)[0].mouth, moment.faces[0].mouth[2] - moment.faces[0].mouth[0]
+        assert np.abs(np.subtract(alone, moment.faces[0].mouth)).max() < side / 4
+
+
+def test_two_faces_have_two_numbers(model, orl, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "two.avi"), cv2.VideoWriter_fourcc(*"MJPG"), RATE, (480, 240))
+    for i in range(15):
+        frame = np.full((240, 480, 3), 128, np.uint8)
+        for x, name in ((40 + i, "s05_1"), (280 - i, "s01_1")):
+            frame[20:220, x:x + 164] = cv2.resize(orl[name], (164, 200))[..., None]
+        writer.write(frame)
+    writer.release()
+    moments = list(predict_video(cv2.VideoCapture(str(tmp_path / "two.avi")), load_model(model)))
+    assert [moment.numbers for moment in moments] == [[1, 2]] * 15
+    left = [min(moment.numbers, key=lambda n: moment.faces[moment.numbers.index(n)].mouth[0]) for moment in moments]
+    assert len(set(left)) == 1
+
+
+@pytest.mark.parametrize("name, content, why", [
+    ("zero.mp4", lambda clip: b"", "unreadable: an empty file"),
+    ("text.mp4", lambda clip: b"no video\n" * 9, "unreadable: not a video that OpenCV can decode"),
+    ("cut.mp4", lambda clip: clip[:len(clip) // 2], "unreadable: not a video that OpenCV can decode"),
+])
+def test_broken_videos_are_one_line(shell, model, orl, tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content(write_clip(tmp_path / "whole.mp4", orl, parts=[None]).read_bytes()))
+    done = shell("predict.py", name, "--model", model)
+    assert done.stdout.splitlines() == [f"{name}  {why}"] and not done.stderr
+
+
+def test_what_a_cut_video_still_holds_is_predicted(shell, model, orl, tmp_path):
+    clip = write_clip(tmp_path / "clip.avi", orl, "MJPG").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(clip[:len(clip) // 2])
+    out = shell("predict.py", "cut.avi", "--model", model).stdout
+    assert "face 1  dark" in out and f"of {3 * HOLD} frames can be decoded" in out
+
+
+def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(shell, model, orl, tmp_path):
+    folder = tmp_path / "a # b"
+    folder.mkdir()
+    before = write_clip(folder / "clip.mp4", orl, parts=PARTS[:1]).read_bytes()
+    cv2.imwrite(str(folder / "photo.jpg"), cv2.resize(orl["s01_1"], (184, 224)))
+    photo = (folder / "photo.jpg").read_bytes()
+    out = shell("predict.py", folder.name, "--model", model, "--save", folder.name).stdout
+    assert "clip.mp4  0:00.00  face 1  dark" in out and "1 faces in 1 of 1 photos" in out
+    assert (folder / "clip.mp4").read_bytes() == before and (folder / "photo.jpg").read_bytes() == photo
+    assert {p.name for p in folder.iterdir()} == {"clip.mp4", "photo.jpg", "clip_2.mp4", "photo_2.jpg", "index.html"}
+    crops = [json.loads(line) for line in shell("predict.py", folder.name, "--model", model, "--crops", "--json").stdout.splitlines()]
+    assert crops and all(line["source"].endswith(".jpg") for line in crops)
+
+
+def test_no_camera_and_no_screen_are_one_line(shell, model, orl, tmp_path):
+    write_clip(tmp_path / "clip.mp4", orl, parts=[None])
+    bare = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    error = shell("predict.py", "--camera", 63, "--model", model, check=1).stderr
+    assert error.splitlines() == ["error: --camera 63: no such camera, or another program uses it"]
+    error = shell("predict.py", "--camera", "none.mp4", "--model", model, check=1).stderr
+    assert error.splitlines() == ["error: --camera none.mp4: no such file or address"]
+    if sys.platform == "linux":
+        error = shell("predict.py", "--camera", "clip.mp4", "--model", model, env=bare, check=1).stderr
+        assert error.count("\n") == 1 and "needs a screen" in error
+
+
+@pytest.fixture(scope="module")
+def screen():
+    """The DISPLAY of an X server without a screen."""
+    if not all(map(shutil.which, ("Xvfb", "xdotool", "import"))):
+        pytest.skip("needs Xvfb, xdotool and ImageMagick")
+    read, write = os.pipe()
+    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-noreset", "-screen", "0", "800x600x24"],
+                              pass_fds=[write], stderr=subprocess.DEVNULL)
+    os.close(write)
+    with os.fdopen(read) as file:
+        yield ":" + file.readline().strip()
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.parametrize("how", ["q", "Escape", "close"])
+def test_the_live_window_shows_bars_and_ends(model, orl, tmp_path, screen, how):
+    clip = write_clip(tmp_path / "clip.mp4", orl, parts=[("s05_1", 0.5)] * 60)
+    env = os.environ | {"DISPLAY": screen}
+    live = subprocess.Popen([sys.executable, str(ROOT / "predict.py"), "--camera", str(clip), "--model", str(model)], env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert live.stdout.readline().split("  ")[1:4] == ["0:00.00", "face 1", "dark"]
+        window = _within(20, lambda: subprocess.run(["xdotool", "search", "--name", "q quits"], env=env, capture_output=True, text=True).stdout)
+
+        def shown():
+            png = subprocess.run(["import", "-window", "root", "png:-"], env=env, capture_output=True).stdout
+            seen = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[:240, :320].astype(int)
+            label = (seen[..., 2] > 180) & (seen[..., 1] > 180) & (seen[..., 0] < 110)
+            bar = (np.abs(seen - (0, 120, 170)).max(2) < 60) & (np.arange(240) < 60)[:, None]
+            return label.sum() > 300 and bar.sum() > 300
+        assert _within(20, shown)
+        if how == "close":
+            for one in window.split():
+                _ask_to_close(screen, int(one))
+        else:
+            subprocess.run(["xdotool", "windowfocus", window.split()[0], "key", how], env=env, stderr=subprocess.DEVNULL)
+        _, err = live.communicate(timeout=20)
+        assert live.returncode == 0 and not err
+    finally:
+        live.kill()
+
+
+def _within(seconds, ask):
+    end = time.monotonic() + seconds
+    while not (answer := ask()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return answer
+
+
+def _ask_to_close(screen, window):
+    """What a window manager does when someone clicks the cross: send WM_DELETE_WINDOW."""
+    x = ctypes.CDLL("libX11.so.6")
+    x.XOpenDisplay.restype = ctypes.c_void_p
+    x.XInternAtom.restype = ctypes.c_ulong
+    x.XInternAtom.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
+    x.XSendEvent.argtypes = [ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int, ctypes.c_long, ctypes.c_void_p]
+    x.XCloseDisplay.argtypes = [ctypes.c_void_p]
+    display = x.XOpenDisplay(screen.encode())
+    long, ulong = ctypes.c_long, ctypes.c_ulong
+    client_message = 33
+    event = (long * 24)()  # an XClientMessageEvent: type, serial, send_event, display, window, message_type, format, data
+    event[0], event[3], event[4] = client_message, display, window
+    event[5], event[6] = x.XInternAtom(display, b"WM_PROTOCOLS", 0), 32
+    event[7] = x.XInternAtom(display, b"WM_DELETE_WINDOW", 0)
+    x.XSendEvent(display, ulong(window), 0, 0, event)
+    x.XCloseDisplay(display)
