@@ -1,4 +1,4 @@
-"""Name the expression of every mouth in photos, videos or before a camera, with the weights that train.py made.
+"""Name the expression of every mouth in photos, videos or a camera's view, with train.py's weights.
 
     python predict.py photo.jpg                        one line a face
     python predict.py holiday/ --save named            annotated copies of all photos and videos of a folder, and a page of them

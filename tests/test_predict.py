@@ -1,4 +1,10 @@
+import html.parser
 import json
+import os
+import shlex
+import shutil
+import subprocess
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -114,7 +120,104 @@ def test_evaluate_prints_a_table_or_one_object(shell, model, photos, tmp_path):
 def test_errors_name_the_way_out(shell, model, photos, tmp_path):
     assert "no such model; 'python train.py' makes one" in shell("predict.py", "x.jpg", "--model", "no.pt", check=1).stderr
     (tmp_path / "empty").mkdir()
-    assert "empty: no photos in this folder" in shell("predict.py", "empty", check=1).stderr
+    assert "empty: no photos or videos in this folder" in shell("predict.py", "empty", check=1).stderr
     (photos / "9other").mkdir()
     (photos / "2smile" / "s05_1.png").rename(photos / "9other" / "s05_1.png")
     assert "9other, which is none of the model's classes" in shell("predict.py", "--evaluate", "data/raw", check=1).stderr
+
+
+HOSTILE = ("<script>alert(1)</script>", "\"'>&amp;", "\u5f20\u5634 #50%?")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser makes of a page: its links, texts and the names of its elements."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.texts = [], set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links |= {value for name, value in attrs if name in ("src", "href")}
+
+    def handle_data(self, data):
+        self.texts.add(data)
+
+
+@pytest.fixture
+def gallery(orl, tmp_path, capsys):
+    """A folder with index.html, made from photos and classes with names that would break a careless page."""
+    net = simpleconv3(3)
+    net.classes = HOSTILE
+    save_model(net, tmp_path / "hostile.pt")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    face = Image.fromarray(orl["s05_1"])
+    names = ["\u5f20\u5634 #1 50%.png", "a&lt;b.png"] + (["<b>\"x'.png", "two\nlines.png", "c:d?e.png", "back\\slash.png"] if os.name != "nt" else [])
+    for name in names:
+        face.save(folder / name)
+    Image.new("RGB", (200, 200), "green").save(folder / "meadow.jpg")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    main([str(folder), "--model", str(tmp_path / "hostile.pt"), "--save", str(tmp_path / "out")])
+    return tmp_path / "out", names
+
+
+def test_the_page_shows_every_photo_and_no_name_breaks_it(gallery):
+    out, names = gallery
+    page = Page((out / "index.html").read_text("utf-8"))
+    assert page.tags.count("script") == 1 and page.tags.count("figure") == len(names) + 2
+    assert {unquote(link) for link in page.links} == {p.name for p in out.glob("*.jpg")} and len(page.links) == len(names) + 1
+    assert all("%" in link or link.isascii() for link in page.links) and not any(":" in link or "#" in link for link in page.links)
+    assert set(HOSTILE) <= page.texts and {str(out.parent / "in" / name) for name in names} <= page.texts
+    assert {"no face found", "no face (1)", "unreadable (1)"} <= page.texts
+    assert "http" not in (out / "index.html").read_text("utf-8").replace(str(out), "")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_page_filters_by_class_and_doubt(tmp_path):
+    from predict import Card, gallery as write
+
+    rows = [[0.9, 0.1], [0.55, 0.45], [0.2, 0.8]]
+    cards = [Card(tmp_path / f"{i}.jpg", None, [np.array(row)], "") for i, row in enumerate(rows)]
+    both = Card(tmp_path / "both.jpg", None, [np.array(rows[0]), np.array([0.4, 0.6])], "")
+    cards += [both, Card(tmp_path / "meadow.jpg", None, [], "no face found")]
+    (tmp_path / "index.html").write_text(write(cards, ("a", "b")), "utf-8")
+    seen = {}
+    for state in ("", "#class=0", "#most=60", "#class=0&most=60", "#class=no_face&most=60"):
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                   "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                   f"{(tmp_path / 'index.html').as_uri()}{state}"]
+        dom = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60).stdout
+        seen[state] = dom.count("<figure") - dom.count('hidden=""'), f"<b>{dom.count('<figure') - dom.count('hidden=' + chr(34) * 2)} of 5</b>" in dom
+    # both.jpg is sure of a and doubtful of b: not a doubtful a
+    assert seen == {"": (5, True), "#class=0": (3, True), "#most=60": (2, True), "#class=0&most=60": (1, True),
+                    "#class=no_face&most=60": (1, True)}
+
+
+def test_help_fits_a_screen_and_its_examples_work(model, two_faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100
+    *_, inputs, camera = lines
+    assert inputs.startswith("  python predict.py ") and camera == "  python predict.py --camera 0"  # tests/test_video.py
+    (tmp_path / "holiday").mkdir()
+    two_faces.rename(tmp_path / "holiday" / "two.png")
+    main(shlex.split(inputs)[2:])  # where photo.jpg and clip.mp4 are missing
+    out = capsys.readouterr().out
+    assert "photo.jpg  unreadable" in out and "clip.mp4  unreadable" in out and (tmp_path / "named" / "two.jpg").is_file()
+
+
+@pytest.mark.parametrize("args, why", [
+    ((), "name photos, videos or a folder"),
+    (("--camera", "0", "photo.jpg"), "--camera goes with --model and --json only"),
+    (("--camera", "0", "--save", "x"), "--camera goes with --model and --json only"),
+])
+def test_flags_that_exclude_each_other_say_so(args, why, capsys):
+    with pytest.raises(SystemExit):
+        main(list(args))
+    assert why in capsys.readouterr().err

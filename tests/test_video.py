@@ -15,24 +15,29 @@ import pytest
 
 from conftest import ROOT
 from net import load_model
-from predict import predict_video
+from predict import main, predict_video
 
 RATE, HOLD = 20, 20  # frames a second, and frames that a face stays
 PARTS = (("s05_1", 0.5), None, ("s01_1", 1.0))  # a dark face, nothing, a bright one
 
 
 @pytest.fixture(scope="module")
-def model(shell_once, mouths):
+def model(mouths):
     """A model that tells dark mouths from bright ones."""
-    shell_once("train.py", "--epochs", 12, "--lr", 0.02, "--device", "cpu", cwd=mouths)
-    return mouths / "models" / "model.pt"
+    command = [sys.executable, str(ROOT / "train.py"), "--epochs", "12", "--lr", "0.02", "--device", "cpu", "--models", "seen"]
+    subprocess.run(command, cwd=mouths, check=True, capture_output=True)
+    return mouths / "seen" / "model.pt"
 
 
-@pytest.fixture(scope="module")
-def shell_once():
-    def run(script, *args, cwd):
-        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def predicted(model, tmp_path, monkeypatch, capfd):
+    """What predict.py prints in the test's folder, as lines: predicted("clip.mp4", "--json")."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        main([*map(str, args), "--model", str(model)])
+        return capfd.readouterr().out.splitlines()
+
     return run
 
 
@@ -80,9 +85,9 @@ def test_lines_tell_changes_and_the_copy_has_every_frame(shell, model, orl, tmp_
     assert sorted(p.name for p in (tmp_path / "named").iterdir()) == ["clip.mp4", "index.html"]
 
 
-def test_json_has_an_object_a_face_and_frame(shell, model, orl, tmp_path):
+def test_json_has_an_object_a_face_and_frame(predicted, orl, tmp_path):
     write_clip(tmp_path / "clip.avi", orl, "MJPG")
-    lines = [json.loads(line) for line in shell("predict.py", "clip.avi", "--model", model, "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in predicted("clip.avi", "--json")]
     assert [line["time"] for line in lines] == [round(i / RATE, 3) for i in range(3 * HOLD)]
     assert {line["label"] for line in lines[:HOLD]} == {"dark"} and {line["label"] for line in lines[-10:]} == {"bright"}
     assert lines[HOLD + 5] == {"source": "clip.avi", "time": round((HOLD + 5) / RATE, 3), "face": None, "error": "no face found"}
@@ -114,35 +119,38 @@ def test_two_faces_have_two_numbers(model, orl, tmp_path):
     assert len(set(left)) == 1
 
 
-@pytest.mark.parametrize("name, content, why", [
-    ("zero.mp4", lambda clip: b"", "unreadable: an empty file"),
-    ("text.mp4", lambda clip: b"no video\n" * 9, "unreadable: not a video that OpenCV can decode"),
-    ("cut.mp4", lambda clip: clip[:len(clip) // 2], "unreadable: not a video that OpenCV can decode"),
-])
-def test_broken_videos_are_one_line(shell, model, orl, tmp_path, name, content, why):
-    (tmp_path / name).write_bytes(content(write_clip(tmp_path / "whole.mp4", orl, parts=[None]).read_bytes()))
-    done = shell("predict.py", name, "--model", model)
-    assert done.stdout.splitlines() == [f"{name}  {why}"] and not done.stderr
+def test_broken_videos_are_one_line_each(shell, model, orl, tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", orl, parts=[None]).read_bytes()
+    (tmp_path / "zero.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video\n" * 9)
+    (tmp_path / "cut.mp4").write_bytes(clip[:len(clip) // 2])
+    done = shell("predict.py", "zero.mp4", "text.mp4", "cut.mp4", "none.mp4", "--model", model)
+    assert done.stdout.splitlines()[:4] == [
+        "zero.mp4  unreadable: an empty file",
+        "text.mp4  unreadable: not a video that OpenCV can decode",
+        "cut.mp4  unreadable: not a video that OpenCV can decode",
+        "none.mp4  unreadable: No such file or directory",
+    ] and not done.stderr
 
 
-def test_what_a_cut_video_still_holds_is_predicted(shell, model, orl, tmp_path):
+def test_what_a_cut_video_still_holds_is_predicted(predicted, orl, tmp_path):
     clip = write_clip(tmp_path / "clip.avi", orl, "MJPG").read_bytes()
     (tmp_path / "cut.avi").write_bytes(clip[:len(clip) // 2])
-    out = shell("predict.py", "cut.avi", "--model", model).stdout
-    assert "face 1  dark" in out and f"of {3 * HOLD} frames can be decoded" in out
+    lines = predicted("cut.avi")
+    assert "face 1  dark" in lines[0] and f"of {3 * HOLD} frames can be decoded" in lines[-2]
 
 
-def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(shell, model, orl, tmp_path):
+def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(predicted, orl, tmp_path):
     folder = tmp_path / "a # b"
     folder.mkdir()
     before = write_clip(folder / "clip.mp4", orl, parts=PARTS[:1]).read_bytes()
     cv2.imwrite(str(folder / "photo.jpg"), cv2.resize(orl["s01_1"], (184, 224)))
     photo = (folder / "photo.jpg").read_bytes()
-    out = shell("predict.py", folder.name, "--model", model, "--save", folder.name).stdout
+    out = "\n".join(predicted(folder.name, "--save", folder.name))
     assert "clip.mp4  0:00.00  face 1  dark" in out and "1 faces in 1 of 1 photos" in out
     assert (folder / "clip.mp4").read_bytes() == before and (folder / "photo.jpg").read_bytes() == photo
     assert {p.name for p in folder.iterdir()} == {"clip.mp4", "photo.jpg", "clip_2.mp4", "photo_2.jpg", "index.html"}
-    crops = [json.loads(line) for line in shell("predict.py", folder.name, "--model", model, "--crops", "--json").stdout.splitlines()]
+    crops = [json.loads(line) for line in predicted(folder.name, "--crops", "--json")]
     assert crops and all(line["source"].endswith(".jpg") for line in crops)
 
 
@@ -151,8 +159,6 @@ def test_no_camera_and_no_screen_are_one_line(shell, model, orl, tmp_path):
     bare = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
     error = shell("predict.py", "--camera", 63, "--model", model, check=1).stderr
     assert error.splitlines() == ["error: --camera 63: no such camera, or another program uses it"]
-    error = shell("predict.py", "--camera", "none.mp4", "--model", model, check=1).stderr
-    assert error.splitlines() == ["error: --camera none.mp4: no such file or address"]
     if sys.platform == "linux":
         error = shell("predict.py", "--camera", "clip.mp4", "--model", model, env=bare, check=1).stderr
         assert error.count("\n") == 1 and "needs a screen" in error
@@ -173,7 +179,7 @@ def screen():
     server.wait()
 
 
-@pytest.mark.parametrize("how", ["q", "Escape", "close"])
+@pytest.mark.parametrize("how", ["q", "close"])
 def test_the_live_window_shows_bars_and_ends(model, orl, tmp_path, screen, how):
     clip = write_clip(tmp_path / "clip.mp4", orl, parts=[("s05_1", 0.5)] * 60)
     env = os.environ | {"DISPLAY": screen}
