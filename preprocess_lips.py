@@ -361,7 +361,7 @@ class LipCropper:
         side = 3.25 * np.sqrt(((landmarks - centre) ** 2).sum(1).mean())
         left, top = centre - (side / 2, 0.617 * side)
         box = (left, top, left + side, top + side)
-        landmarks = self._landmarks(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), box, False)
+        landmarks = self._landmarks(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), box, False, FACE_SIDE // 3)
         if landmarks is None:
             return None
         mouth = mouth_box(landmarks)
@@ -390,13 +390,16 @@ class LipCropper:
         found.sort(key=lambda one: one[0][0] - one[0][2])
         return [(tuple((float(v) - pad) / scale for v in box), sure) for box, sure in found]
 
-    def _landmarks(self, grey, box, sure):
-        """68 landmarks in pixels of `grey`, or None where box or landmarks make no face."""
+    def _landmarks(self, grey, box, sure, edge=0):
+        """68 landmarks in pixels of `grey`, or None where box or landmarks make no face.
+
+        What is not sure gets a second look, without the outer `edge` pixels of a patch twice as wide as the face.
+        """
         # the face at FACE_SIDE in the middle of a patch twice as wide
         side = max(2, round(2 * (box[2] - box[0])))
         left, top = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
         patch = cut(grey, (left, top, left + side, top + side), 2 * FACE_SIDE)
-        if not sure and not self._looks_like_a_face(patch):
+        if not sure and not self._looks_like_a_face(np.ascontiguousarray(patch[edge:len(patch) - edge, edge:len(patch) - edge])):
             return None
         half = FACE_SIDE // 2
         shape = self._predictor(patch, dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE))
@@ -407,8 +410,8 @@ class LipCropper:
         """A second look, with other eyes: whether dlib's HOG detector nearly agrees with the cascade."""
         boxes, _, _ = self._detector("hog").run(patch, 0, HOG_SCORE)
         return any(
-            abs(box.center().x - FACE_SIDE) < FACE_SIDE / 3
-            and abs(box.center().y - FACE_SIDE) < FACE_SIDE / 3
+            abs(box.center().x - len(patch) / 2) < FACE_SIDE / 3
+            and abs(box.center().y - len(patch) / 2) < FACE_SIDE / 3
             and FACE_SIDE / 2 < box.width() < FACE_SIDE * 1.5
             for box in boxes
         )

@@ -71,7 +71,7 @@ def main():
     print(f"{cores()} cores, 640 x 480, {'with' if window else 'without'} a window")
     with tempfile.TemporaryDirectory() as folder:
         for name, shown, side in (("one large face", photos[:1], 260), ("one small face", photos[:1], 110), ("two faces", photos[:2], 220),
-                                  ("four faces", photos[:4], 140), ("no face", [], 0)):
+                                  ("four faces", photos[:4], 115), ("no face", [], 0)):
             clip = Path(folder) / f"{name}.avi"
             write_clip(clip, shown, side, args.frames)
             rates, found = zip(*(measure(clip, model, window) for _ in range(args.rounds)))
