@@ -149,18 +149,21 @@ def _decode(source, least=None):
 def _rgb(image):
     """The pixels of a PIL image in any mode: uint8 array of shape (H, W, 3)."""
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow would clip, not scale
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        grey = np.nan_to_num(np.array(image, dtype=np.float32), copy=False)
         if image.mode == "F":
-            grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-9))
+            np.clip(grey, -1e30, 1e30, grey)
+            grey -= grey.min()
+            grey *= 255 / max(grey.max(), 1e-9)
         elif grey.max() > 255:
-            grey = grey / 257
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, 2)
+            grey /= 257
+        return np.repeat(np.clip(grey, 0, 255, grey).astype(np.uint8)[..., None], 3, 2)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.ascontiguousarray(np.asarray(image)[..., :3])
     if image.mode == "L":
         return cv2.cvtColor(np.asarray(image), cv2.COLOR_GRAY2RGB)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def cut(image, box, size):
@@ -765,10 +768,13 @@ def write_csv(path, columns, rows):
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(columns)
     for row in rows:
         cells = [str(row[column]) for column in columns]
-        writer.writerow([f"'{cell}" if re.match(r"[=+\-@\t\r\n']", cell) and not re.fullmatch(r"-[-\d ]+", cell) else cell for cell in cells])
+        cells = [f"'{cell}" if re.match(r"[=+\-@\t\r\n']", cell) and not re.fullmatch(r"-[-\d ]+", cell) else cell for cell in cells]
+        # Python before 3.13 leaves a carriage return bare, which ends the row for the reader
+        (quoting if any("\r" in cell for cell in cells) else writer).writerow(cells)
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
     sync_folder(path.parent)
 

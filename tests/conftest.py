@@ -17,6 +17,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "sample")]
 CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; 'pytest -m slow' runs these, the default run leaves them out")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: pytest -m slow"))
+
+
 @pytest.fixture(scope="session")
 def orl():
     """All 400 ORL faces: dict of name to uint8 array 112 x 92."""
