@@ -488,7 +488,7 @@ def draw_mistakes(images, labels, probabilities, classes, columns=6, rows=4, sid
     width, height = side + 12, side + 46
     picture = Image.new("RGB", (columns * width + 12, max(1, -(-len(worst) // columns)) * height + 36), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((12, 8), f"{len(wrong):,} of {len(labels):,} are wrong" + (f"; the surest {len(worst)}:" if worst else ""), "grey", font)
+    draw.text((12, 8), f"{len(wrong):,} of {len(labels):,} are wrong; the surest first", "grey", font)
     for place, i in enumerate(worst):
         x, y = 12 + place % columns * width, 36 + place // columns * height
         picture.paste(Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.BICUBIC), (x, y))
@@ -527,13 +527,13 @@ class Curves:
         self.run, self.net, self.images, self.labels = run, net, images, labels
         self.names = printable(run.classes)
         self.writer = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if resumed else None)
-        self.settings = {key: value for key, value in vars(run.args).items()
-                         if key != "resume" and isinstance(value, (int, float, str))}
-        self.hparams = hparams(self.settings, dict.fromkeys(("best/val_acc", "best/val_balanced", "best/val_loss", "best/seconds"), 0.0))
+        settings = {key: str(value) if isinstance(value, bool) else value for key, value in vars(run.args).items()
+                    if key != "resume" and not isinstance(value, Path)}
+        # add_hparams would put them into a run of their own; without the first, which lists columns, TensorBoard shows what differs
+        _, begun, self.done = hparams(settings, {})
         if resumed:
             return
-        for summary in self.hparams[:2]:  # add_hparams would make a run of its own for them
-            self.writer.file_writer.add_summary(summary, 0)
+        self.writer.file_writer.add_summary(begun, 0)
         self.writer.add_custom_scalars({"curves": {
             "loss": ["Multiline", ["data/trainloss", "data/valloss"]],
             "accuracy": ["Multiline", ["data/trainacc", "data/valacc", "data/valbalanced"]],
@@ -580,7 +580,7 @@ class Curves:
             add.add_histogram(name.replace(".", "/"), values[evenly(len(values), 10_000).to(values.device)], epoch)
         if epoch == args.epochs:
             self.project(judged, probabilities)
-            add.file_writer.add_summary(self.hparams[2], epoch)
+            add.file_writer.add_summary(self.done, epoch)
 
     @torch.inference_mode()
     def project(self, judged, probabilities, most=1000):
