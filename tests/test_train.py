@@ -181,7 +181,7 @@ def test_a_run_learns_and_leaves_model_json_and_curves(run, tmp_path, capsys):
         assert [e.step for e in events.Scalars(tag)] == list(range(1, 13))
     assert all(0 <= e.value <= 1 for e in events.Scalars("data/trainacc"))
     assert events.Scalars("data/valacc")[about["best"]["epoch"] - 1].value == 1.0
-    assert {"confusion matrix", "augmented training crops"} == set(tags["images"])
+    assert {"confusion matrix", "worst mistakes", "augmented training crops"} == set(tags["images"])
     assert tags["graph"] and tags["histograms"]
     out = capsys.readouterr().out
     assert out.count("\nepoch ") + out.startswith("epoch ") == 12 and "models/model.pt" in out.replace("\\", "/")
