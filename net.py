@@ -13,6 +13,7 @@ On the command line:
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -230,22 +231,79 @@ def export_onnx(model, path):
 
 
 def atomic_write(path, write):
-    """Call ``write(file)`` on a temporary file beside `path`, flush it to disk, then rename it to `path`.
+    """Write what ``write(file)`` writes to a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
     Whoever reads `path`, at any moment and after any crash, finds the old content or the new one, whole.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    content = io.BytesIO()  # torch.save calls a full disk by other names
+    write(content)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # some network disks cannot flush a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Name the file in errors that come from writing it; a full disk's own message names none."""
     try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        if not error.strerror:  # one of ours, which says what there is to say
+            raise
+        raise OSError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for this process alone. The system lets go of it when the process ends, however it ends.
+
+    What killed runs left half-written there is removed.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it.
+    """
+    folder, path = Path(folder), Path(folder) / ".lock"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                file.seek(1 << 30)  # beyond the end: Windows would let nobody read what is locked
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BlockingIOError(f"{folder}: another run is at work there; wait for its end") from None
+        except OSError:
+            pass  # some network disks know no locks
+        for part in folder.glob("." + "[0-9a-f]" * 16 + ".tmp"):
+            part.unlink(missing_ok=True)
+        yield
 
 
 def save_model(net, path, **about):

@@ -39,7 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from net import CROP_SIZE, atomic_write, check_classes, logits_of, normalize, save_model, simpleconv3, square
+from net import CROP_SIZE, atomic_write, check_classes, locked, logits_of, normalize, printable, save_model, simpleconv3, square
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
@@ -430,15 +430,9 @@ def fit_temperature(logits, labels):
     return float(temperatures[losses.argmin()])
 
 
-def printable(classes):
-    """Class names that fit in a tag, a table's cell and a line: what does not becomes _, with the class's number behind."""
-    clean = ["".join(c if c.isprintable() and c not in "/\\" else "_" for c in name) for name in classes]
-    return [name if name == old else f"{name} ({i})" for i, (old, name) in enumerate(zip(classes, clean))]
-
-
 def drawable(classes):
     """Class names in the letters of Pillow's own font."""
-    return [name if name.isascii() else f"class {i}" for i, name in enumerate(printable(classes))]
+    return [name if name.isascii() else f"class {i}" for i, name in enumerate(map(printable, classes))]
 
 
 def draw_matrix(matrix, classes, cell=84):
@@ -525,9 +519,9 @@ class Curves:
 
     def __init__(self, run, resumed, net, sample, images, labels):
         self.run, self.net, self.images, self.labels = run, net, images, labels
-        self.names = printable(run.classes)
+        self.names = [printable(name) for name in run.classes]
         self.writer = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if resumed else None)
-        settings = {key: str(value) if isinstance(value, bool) else value for key, value in vars(run.args).items()
+        settings = {key: str(value) if isinstance(value, (bool, list)) else value for key, value in vars(run.args).items()
                     if key != "resume" and not isinstance(value, Path)}
         # add_hparams would put them into a run of their own; without the first, which lists columns, TensorBoard shows what differs
         _, begun, self.done = hparams(settings, {})
@@ -674,6 +668,7 @@ class Run:
         self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
         self.best, self.last, self.best_weights = state["best"], state["last"], state["best_net"]
         self.log_dir = str(self.args.logs / Path(state["log_dir"]).name)  # a checkpoint may come from a stranger
+        self.unsaved = True  # a kill may have come between the checkpoint and the model
 
 
 def read_checkpoint(path):
@@ -751,7 +746,7 @@ def train(args):
     log = None
     if rank == 0:
         print(f"{sizes['train']:,} training and {sizes['val']:,} validation images of {len(classes)} classes "
-              f"({', '.join(classes)}) in {time.perf_counter() - start:.1f} s; on {device}"
+              f"({printable(', '.join(classes))}) in {time.perf_counter() - start:.1f} s; on {device}"
               + (f", {world} processes" if world > 1 else "") + (f"; resuming after epoch {run.epoch}" if resumed else ""))
         sample = augment(images[evenly(len(images), 64).to(device)], torch.Generator(device).manual_seed(0), args)
         log = Curves(run, bool(resumed), net, sample, val_images, val_labels)
@@ -791,8 +786,9 @@ def train(args):
         bar.close()
         if rank == 0:
             with uninterrupted():
+                with contextlib.suppress(OSError):  # a full disk; the error that is under way, or the next one, says so
+                    log.close()
                 run.save()
-                log.close()
     return run
 
 
@@ -854,12 +850,19 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    # TensorBoard's thread hands its errors on; they need not be shown twice
+    threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
     try:
-        run = train(parse_args(argv))
+        args = parse_args(argv)
+        # the ranks of a job are one run: the first holds the folder for all
+        with locked(args.models) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
+            run = train(args)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: all finished epochs are saved; 'python train.py --resume' goes on")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        if getattr(error, "strerror", None) and not error.filename:  # from TensorBoard, which names no file
+            error = f"{args.logs}: cannot be written ({error.strerror}); mend that and go on with --resume"
+        sys.exit(f"error: {printable(str(error))}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -126,7 +126,7 @@ def test_errors_name_the_way_out(shell, model, photos, tmp_path):
     assert "9other, which is none of the model's classes" in shell("predict.py", "--evaluate", "data/raw", check=1).stderr
 
 
-HOSTILE = ("<script>alert(1)</script>", "\"'>&amp;", "\u5f20\u5634 #50%?")
+HOSTILE = ("<script>alert(1)<!--", "\"'>&amp;", "\u5f20\u5634 #50%?")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -16,7 +16,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from google.protobuf import text_format
 
 import train
-from train import draw_mistakes, main, printable
+from train import draw_mistakes, main
 
 
 def fit(data, folder, *args):
@@ -190,12 +190,6 @@ def test_names_of_classes_cannot_break_tags_tables_or_pictures(mouths, tmp_path)
     assert len(lines) == 14 and lines[-1] == "" and all(line.count("\t") == 3 for line in lines[:-1])
     assert {line.split("\t")[0] for line in lines[1:-1]} == set(safe)
     assert Image.open(io.BytesIO(events.Images("worst mistakes")[-1].encoded_image_string)).width == 6 * 156 + 12
-
-
-def test_printable_names_stay_and_others_stay_apart():
-    assert printable(("0none", "a b", "嘴")) == ["0none", "a b", "嘴"]
-    names = printable(("a\nb", "a\tb", "a/b", "\udcff", "\u2028"))
-    assert len(set(names)) == 5 and all(name.isprintable() and "/" not in name for name in names)
 
 
 def test_the_surest_mistake_comes_first():
