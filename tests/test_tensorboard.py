@@ -175,7 +175,7 @@ def test_a_resumed_run_goes_on_in_the_same_folder_without_a_gap_or_a_double(mout
     assert len(events.Tensors("custom_scalars__config__")) == 1 and hparams(log)[1] and (log / "projector_config.pbtxt").exists()
 
 
-NAMES = ("a\tb\nc", "笑\x07\\", "x" * 60)
+NAMES = ("a\u2028b", "笑\u202e", "x" * 60)
 
 
 def test_names_of_classes_cannot_break_tags_tables_or_pictures(mouths, tmp_path):
@@ -183,7 +183,7 @@ def test_names_of_classes_cannot_break_tags_tables_or_pictures(mouths, tmp_path)
         for name in NAMES:
             shutil.copytree(mouths / "data" / part / "dark", tmp_path / "data" / part / name)
     log = fit(tmp_path / "data", tmp_path, "--epochs", 2)
-    safe = ["a_b_c (0)", "x" * 60, "笑__ (2)"]
+    safe = ["a\\u2028b", "x" * 60, "笑\\u202e"]
     events = read(log)
     assert {f"recall/{name}" for name in safe} <= set(events.Tags()["scalars"])
     lines = (log / "labels.tsv").read_bytes().decode().split("\n")
