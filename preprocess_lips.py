@@ -647,7 +647,7 @@ def _start_worker(seconds):
     global _cropper, _trouble, _seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # Pillow's, about what is odd in a photo
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others talk of what is odd in a photo; errors travel otherwise
     _cropper = _trouble = None
     _seconds = seconds
     try:
@@ -676,11 +676,11 @@ def _work(tasks):
         writes.append(disk.submit(write_file, *file))
 
     # flushing takes longer than writing: the disk does a chunk's crops at once, while the next photos are looked at
-    with open(os.devnull, "w") as nowhere, ThreadPoolExecutor(16) as disk:
+    with ThreadPoolExecutor(16) as disk:
         try:
             for task in tasks:
                 # ends this process even where a decoder never comes back to Python
-                faulthandler.dump_traceback_later(_seconds, exit=True, file=nowhere)
+                faulthandler.dump_traceback_later(_seconds, exit=True)
                 rows.append(process_photo(_cropper, *task, write))
         finally:
             faulthandler.cancel_dump_traceback_later()
