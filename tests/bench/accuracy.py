@@ -82,6 +82,7 @@ def main():
     parser.add_argument("--test", type=Path, metavar="CROPS", help="other crops, whose classes that are the same are tested")
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--recipes", nargs="+", default=["textbook", "strong"], help="(default: both)")
+    parser.add_argument("--first", type=int, metavar="N", help="only so many of the folds")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the folds (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N")
     args, more = parser.parse_known_args()
@@ -105,7 +106,7 @@ def main():
         print(f"{len(files)} crops of {len(classes)} classes, {len(set(groups))} groups, {args.folds} folds")
     for recipe in args.recipes:
         accuracy, balanced, seconds, logits, truths = [], [], [], [], []
-        for held_out in folds:
+        for held_out in folds[:args.first]:
             with tempfile.TemporaryDirectory() as folder:
                 for (place, label, name), test in zip(files, held_out):
                     target = Path(folder) / ("val" if test else "train") / label
@@ -119,7 +120,7 @@ def main():
             logits.append(out)
             truths.append(truth)
         error = train.calibration_error(torch.cat(logits).softmax(1), torch.cat(truths))
-        print(f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {np.std(accuracy, ddof=len(folds) > 1):.2%}   balanced {np.mean(balanced):.2%}   "
+        print(f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {np.std(accuracy, ddof=len(accuracy) > 1):.2%}   balanced {np.mean(balanced):.2%}   "
               f"calibration error {error:.1%}   {np.mean(seconds):.1f} s a fold   folds "
               + " ".join(f"{a:.1%}" for a in accuracy), flush=True)
 
