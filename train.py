@@ -461,7 +461,7 @@ def draw_matrix(matrix, classes, cell=84):
     return np.asarray(picture)
 
 
-def draw_mistakes(images, labels, probabilities, classes, columns=6, rows=4, side=144):
+def draw_mistakes(images, labels, probabilities, classes, columns=6, rows=3, side=144):
     """The surest of the wrong predictions as a picture: uint8 array H x W x 3.
 
     Parameters
@@ -520,7 +520,7 @@ class Curves:
     def __init__(self, run, resumed, net, sample, images, labels):
         self.run, self.net, self.images, self.labels = run, net, images, labels
         self.names = [printable(name) for name in run.classes]
-        self.writer = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if resumed else None)
+        self.writer = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if resumed else None, max_queue=1000)  # a short queue waits
         settings = {key: str(value) if isinstance(value, (bool, list)) else value for key, value in vars(run.args).items()
                     if key != "resume" and not isinstance(value, Path)}
         # add_hparams would put them into a run of their own; without the first, which lists columns, TensorBoard shows what differs
@@ -559,6 +559,7 @@ class Curves:
             add.add_scalar(f"recall/{name}", recall, epoch)
         if epoch % math.ceil(args.epochs / 10) and epoch != args.epochs:
             return
+        # TensorBoard's table of settings shows the first five tags: these
         for key in ("val_acc", "val_balanced", "val_loss"):
             add.add_scalar(f"best/{key}", self.run.best[key], epoch)
         add.add_scalar("best/seconds", self.run.seconds, epoch)
