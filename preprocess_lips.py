@@ -657,8 +657,8 @@ def _start_worker(seconds):
     with contextlib.suppress(ImportError, OSError, ValueError):  # where the system can tell and limit it
         import resource
 
-        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (now + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _end_with_parent():
@@ -676,7 +676,7 @@ def _work(tasks):
         writes.append(disk.submit(write_file, *file))
 
     # flushing takes longer than writing: the disk does a chunk's crops at once, while the next photos are looked at
-    with ThreadPoolExecutor(16) as disk:
+    with ThreadPoolExecutor(4) as disk:
         try:
             for task in tasks:
                 # ends this process even where a decoder never comes back to Python
@@ -794,8 +794,8 @@ def _read_journal(path):
     rows = []
     if path.is_file():
         for line in path.read_text("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError):  # a line cut short by a kill is a photo to do again
-                rows.append(json.loads(line))
+            with contextlib.suppress(ValueError, AttributeError):  # a line cut short by a kill is a photo to do again
+                rows.append(defaultdict(str, {key: str(value) for key, value in json.loads(line).items()}))
     return rows
 
 
@@ -803,10 +803,10 @@ def _reusable(row, photos, crops):
     """Whether a row of an earlier run still holds: same photo, and its crop is there."""
     try:
         about = (photos / row["source"]).stat()
-        size, time = str(about.st_size), str(about.st_mtime_ns)
+        size, stamp = str(about.st_size), str(about.st_mtime_ns)
     except OSError:
-        size = time = ""
-    if (size, time) != (str(row["bytes"]), str(row["mtime_ns"])):
+        size = stamp = ""
+    if (size, stamp) != (str(row["bytes"]), str(row["mtime_ns"])):
         return False
     return not row["crop"] or _is_ours(row) and (crops / row["class"] / row["crop"]).is_file()
 

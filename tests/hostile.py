@@ -142,12 +142,13 @@ def bombs(side=50_000):
              (324, 4, 1, 200), (325, 4, 1, 100)]
     tiled = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tiles)) + b"".join(struct.pack("<HHII", *tag) for tag in tiles) + bytes(300)
 
-    def png(width, height, *between):
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(between) + \
+    def png(width, height, *between, bits=8, colour=2, lines=lines):
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)) + b"".join(between) + \
             chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
+    honest = zlib.compress(bytes((11_504 // 8 + 1) * 11_504))
     return {
-        "bomb.png": png(side, side), "bomb.jpg": bytes(jpeg), "bomb progressive.jpg": bytes(progressive), "bomb.gif": bytes(gif), "bomb.bmp": bytes(bmp),
+        "bomb.png": png(side, side), "bomb that keeps its word.png": png(11_504, 11_504, bits=1, colour=0, lines=honest), "bomb.jpg": bytes(jpeg), "bomb progressive.jpg": bytes(progressive), "bomb.gif": bytes(gif), "bomb.bmp": bytes(bmp),
         "bomb.sgi": bytes(sgi), "bomb canvas.webp": b"RIFF" + struct.pack("<I", 4 + len(vp8x) + len(vp8l)) + b"WEBP" + vp8x + vp8l,
         "bomb.webp": b"RIFF" + struct.pack("<I", 4 + len(vp8l)) + b"WEBP" + vp8l, "bomb.tif": tiff, "bomb tiles.tif": tiled,
         "bomb.ppm": b"P6 %d %d 255\n" % (side, side) + bytes(1000), "bomb.pcx": encode(small, "PCX")[:8] + struct.pack("<HH", side, side) + encode(small, "PCX")[12:],
@@ -190,7 +191,7 @@ def make(folder, face):
     start, scan = jpeg.index(b"\xff\xda"), len(jpeg)
     for place in (1, 2, 3, 10, 20, start, start + 5, start + 15, (start + scan) // 2, scan - 200):
         files[f"cut at {place}.jpg"] = (jpeg[:place], bad)
-    for name in ("x.png", "x.gif", "x.webp", "x.tif", "x.bmp", "x.ppm", "x.jp2", "x.avif"):
+    for name in ("x.png", "x.gif", "x.webp", "x.tif", "x.lzw.tif", "x.bmp", "x.ppm", "x.jp2", "x.avif"):
         for share in (0.02, 0.3, 0.9):
             data = odd.get(name, b"")
             files[f"cut {share} {name}"] = (data[:int(len(data) * share)], either)
