@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -126,18 +127,21 @@ def load_images(paths, size, cache, name="images"):
     else:
         images = np.empty(shape, np.uint8)
 
-    def load(i):
-        try:
-            with Image.open(paths[i]) as image:
-                image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))  # JPEGs decode at a fraction of their size, several times as fast
-                images[i] = square(image, size).numpy()
-        except Exception as error:  # decoders raise almost anything
-            raise OSError(f"{paths[i]}: not a readable image ({error}); remove it and run the command again") from None
+    def load(some):
+        for i in some:
+            try:
+                with Image.open(paths[i]) as image:
+                    image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))  # JPEGs decode at a fraction of their size, several times as fast
+                    images[i] = square(image, size).numpy()
+            except Exception as error:  # decoders raise almost anything
+                raise OSError(f"{paths[i]}: not a readable image ({error}); remove it and run the command again") from None
+        return len(some)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    batches = [range(i, min(i + 64, len(paths))) for i in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), desc=name, unit="image", leave=False, disable=None) as bar:
         try:
-            for _ in tqdm(pool.map(load, range(len(paths))), total=len(paths), desc=name, unit="image", leave=False, disable=None):
-                pass
+            for done in pool.map(load, batches):
+                bar.update(done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -616,7 +620,9 @@ class Run:
         self.epoch = 0  # epochs done
         self.seconds = 0.0
         self.best = self.best_weights = self.last = self.state = None
-        self.log_dir = str(args.logs / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.recipe}")
+        name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.recipe}"
+        places = (args.logs / (f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))  # two may begin within a second
+        self.log_dir = str(next(place for place in places if not place.exists()))
         self.unsaved = False
         self.saved_at = -SAVE_SECONDS
 
@@ -771,7 +777,7 @@ def train(args):
             times.append(time.perf_counter())
             scores = {"epoch": epoch, "train_loss": train_loss / train_n, "train_acc": train_acc / train_n,
                       "val_loss": val_loss / val_n, "val_acc": float(matrix.trace()) / val_n, "val_balanced": float(recalls.mean())}
-            if not np.isfinite(scores["train_loss"]):
+            if not np.isfinite(scores["train_loss"] + scores["val_loss"]):
                 raise ValueError(f"epoch {epoch}: the loss is no longer a number; try a lower --lr than {args.lr:g}")
             run.seconds += times[2] - times[0]
             if rank:
