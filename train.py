@@ -567,8 +567,6 @@ class Curves:
         for key in ("val_acc", "val_balanced", "val_loss"):
             add.add_scalar(f"best/{key}", self.run.best[key], epoch)
         add.add_scalar("best/seconds", self.run.seconds, epoch)
-        if not logits.isfinite().all():
-            return  # numbers have overflowed; the next epoch's loss will end the run with a better message
         probabilities = logits.softmax(1)
         add.add_image("confusion matrix", draw_matrix(matrix, self.run.classes), epoch, dataformats="HWC")
         add.add_image("worst mistakes", draw_mistakes(self.images, self.labels, probabilities, self.run.classes), epoch, dataformats="HWC")
