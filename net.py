@@ -231,19 +231,17 @@ def export_onnx(model, path):
 
 
 def atomic_write(path, write):
-    """Write what ``write(file)`` writes to a temporary file beside `path`, flush it to disk, then rename it to `path`.
+    """Call ``write(file)`` on a temporary file beside `path`, flush it to disk, then rename it to `path`.
 
     Whoever reads `path`, at any moment and after any crash, finds the old content or the new one, whole.
     """
     path = Path(path)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    content = io.BytesIO()  # torch.save calls a full disk by other names
-    write(content)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:
-                file.write(content.getbuffer())
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -269,6 +267,8 @@ def writing(path):
         if not error.strerror:  # one of ours, which says what there is to say
             raise
         raise OSError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again") from None
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); mend that and run the same command again") from None
 
 
 @contextlib.contextmanager
