@@ -268,7 +268,8 @@ def writing(path):
             raise
         raise OSError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again") from None
     except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); mend that and run the same command again") from None
+        reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason}); mend that and run the same command again") from None
 
 
 @contextlib.contextmanager
