@@ -42,7 +42,7 @@ from typing import NamedTuple
 import cv2
 import dlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 CROP_SIDE = 128  # pixels
@@ -140,6 +140,8 @@ def _decode(source, least=None):
             if (image.width < image.height) != (size[0] < size[1]):
                 size = size[::-1]
             return _rgb(image), size
+    except UnidentifiedImageError:  # which names an object in memory
+        raise OSError("no image, or of a kind that Pillow does not know") from None
     except OSError:
         raise
     except Exception as error:  # decoders raise almost anything on hostile files
