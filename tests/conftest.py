@@ -1,5 +1,6 @@
 """Real faces for the tests: the sample's, and those of ../shared/data where that folder is there."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -67,6 +68,28 @@ def mouths(tmp_path_factory, orl, cropper):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(crop).save(folder / f"{name}.png")
     return root
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Ctrl-C while an epoch of a run is validated: ``with ctrl_c(4): train.main(...)``. The run must end as promised."""
+    import train
+
+    @contextlib.contextmanager
+    def in_epoch(n):
+        real, calls = train.evaluate, []
+
+        def evaluate(*args, **more):
+            calls.append(1)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return real(*args, **more)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume' goes on"):
+            patch.setattr(train, "evaluate", evaluate)
+            yield
+
+    return in_epoch
 
 
 @pytest.fixture
