@@ -341,6 +341,12 @@ def check_classes(names):
             raise ValueError(f"there are two classes {ascii(name)}")
 
 
+def check_views(views):
+    """Raise a ValueError unless `views` is a list that `logits_of` can take."""
+    if not isinstance(views, list) or not 0 < len(views) < 9 or not all(type(side) is int and 8 <= side <= CROP_SIZE for side in views):
+        raise ValueError(f"views must be a list of up to 8 numbers from 8 to {CROP_SIZE}")
+
+
 def read_weights(path):
     """Tensors of a state dict that may come from a stranger: nothing is executed, memory is bounded.
 
@@ -395,12 +401,10 @@ def read_about(path, nclass):
         if not isinstance(about, dict) or not isinstance(about.get("classes"), list):
             raise ValueError("no list of classes")
         check_classes(about["classes"])
+        check_views(about.get("views", [CROP_SIZE]))
         flip, temperature = about.get("flip", False), about.get("temperature", 1.0)
-        views = about.get("views", [CROP_SIZE])
         if not isinstance(flip, bool):
             raise ValueError("flip must be true or false")
-        if not isinstance(views, list) or not 0 < len(views) < 9 or not all(type(side) is int and 8 <= side <= CROP_SIZE for side in views):
-            raise ValueError(f"views must be a list of up to 8 numbers from 8 to {CROP_SIZE}")
         if type(temperature) not in (int, float) or not 0.01 <= temperature <= 100:
             raise ValueError("temperature must be a number between 0.01 and 100")
     except (ValueError, RecursionError) as error:

@@ -5,8 +5,9 @@
     python split_train_val.py --group '(s\\d+)_'        all crops of s07_3.png, s07_4.png ... on one side
 
 Validation gets floor(n / 10) of each class, at least one of two or more. Crops that look the same, such as
-bursts and re-encoded copies, stay on one side. The same crops and seed give the same split; when crops are added, the old ones stay where they are. split.csv in the output folder lists
-what was made, so that a rerun replaces just that and touches no other file.
+bursts and re-encoded copies, stay on one side. The same crops and seed give the same split; when crops are
+added, the old ones stay where they are. split.csv in the output folder lists what was made, so that a rerun
+replaces just that and touches no other file.
 """
 
 import argparse

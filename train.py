@@ -40,7 +40,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from net import CROP_SIZE, atomic_write, check_classes, locked, logits_of, normalize, printable, save_model, simpleconv3, square
+from net import (
+    CROP_SIZE, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, save_model, simpleconv3, square)
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
@@ -512,8 +513,7 @@ class Curves:
     Parameters
     ----------
     run : Run
-    resumed : bool
-        The run's folder holds an earlier part, up to ``run.epoch``; what was written there after it is dropped.
+        After a resumption its folder holds the curves up to ``run.epoch``; what was written there after it is dropped.
     net : simpleconv3
     sample : float tensor of shape (N, 3, 48, 48)
         Network inputs as training sees them.
@@ -521,15 +521,15 @@ class Curves:
         For validation.
     """
 
-    def __init__(self, run, resumed, net, sample, images, labels):
+    def __init__(self, run, net, sample, images, labels):
         self.run, self.net, self.images, self.labels = run, net, images, labels
         self.names = [printable(name) for name in run.classes]
-        self.writer = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if resumed else None, max_queue=1000)  # a short queue waits
+        self.writer = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if run.epoch else None, max_queue=1000)  # a short queue waits
         settings = {key: str(value) if isinstance(value, (bool, list)) else value for key, value in vars(run.args).items()
                     if key != "resume" and not isinstance(value, Path)}
         # add_hparams would put them into a run of their own; without the first, which lists columns, TensorBoard shows what differs
         _, begun, self.done = hparams(settings, {})
-        if resumed:
+        if run.epoch:
             return
         self.writer.file_writer.add_summary(begun, 0)
         self.writer.add_custom_scalars({"curves": {
@@ -639,7 +639,8 @@ class Run:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
         self.state = {
             "net": net, "average": weights if average else None, "best_net": self.best_weights,
-            "momentum": [buffer.clone() for buffer in momentum], "average_steps": average.steps if average else 0, "epoch": self.epoch, "best": self.best, "last": self.last, "seconds": self.seconds,
+            "momentum": [buffer.clone() for buffer in momentum], "average_steps": average.steps if average else 0,
+            "epoch": self.epoch, "best": self.best, "last": self.last, "seconds": self.seconds,
             "classes": list(self.classes), "args": settings, "log_dir": self.log_dir,
         }
         self.unsaved = True
@@ -657,7 +658,8 @@ class Run:
         net.classes = self.classes
         settings = {k: v for k, v in self.state["args"].items() if k not in {"resume", "data", "logs", "models", "device"}}
         save_model(
-            net, self.args.models / "model.pt", flip=self.args.flip, views=self.args.views, temperature=self.best["temperature"], best=self.best, last=self.last, images=self.sizes,
+            net, self.args.models / "model.pt", flip=self.args.flip, views=self.args.views,
+            temperature=self.best["temperature"], best=self.best, last=self.last, images=self.sizes,
             settings=settings, seconds=round(self.seconds, 1), torch=torch.__version__,
             command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=self.log_dir)
         self.unsaved = False
@@ -754,7 +756,7 @@ def train(args):
               f"({printable(', '.join(classes))}) in {time.perf_counter() - start:.1f} s; on {device}"
               + (f", {world} processes" if world > 1 else "") + (f"; resuming after epoch {run.epoch}" if resumed else ""))
         sample = augment(images[evenly(len(images), 64).to(device)], torch.Generator(device).manual_seed(0), args)
-        log = Curves(run, bool(resumed), net, sample, val_images, val_labels)
+        log = Curves(run, net, sample, val_images, val_labels)
     bar = tqdm(range(run.epoch + 1, args.epochs + 1), initial=run.epoch, total=args.epochs, unit="epoch", disable=None if rank == 0 else True)
     try:
         for epoch in bar:
@@ -847,8 +849,10 @@ def parse_args(argv=None):
     for name in ("epochs", "batch_size", "step_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not all(8 <= side <= CROP_SIZE for side in args.views) or len(args.views) > 8:
-        parser.error(f"--views takes up to 8 numbers from 8 to {CROP_SIZE}")
+    try:
+        check_views(args.views)
+    except ValueError as error:
+        parser.error(f"--{error}")
     if args.device is None:
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     return args
