@@ -258,6 +258,9 @@ def resample(images, boxes, angles=None, size=CROP_SIZE):
 def jitter(images, generator, strength, grey):
     """Change brightness, contrast and saturation, each by a factor between 1 - strength and 1 + strength.
 
+    Images that lose their colour are tinted, each channel by such a factor: a network that never sees but grey
+    photos would answer to colour with whatever its first weights happened to be.
+
     Parameters
     ----------
     images : float tensor of shape (N, 3, H, W), values 0 to 255
@@ -266,13 +269,14 @@ def jitter(images, generator, strength, grey):
     grey : float
         Share of the images that lose their colour.
     """
-    u = torch.rand(4, len(images), 1, 1, 1, generator=generator, device=images.device)
-    brightness, contrast, saturation = 1 + strength * (2 * u[:3] - 1)
-    saturation = torch.where(u[3] < grey, torch.zeros_like(saturation), saturation)
+    u = torch.rand(len(images), 7, 1, 1, generator=generator, device=images.device)
+    contrast, saturation, brightness, tint = (1 + strength * (2 * u[:, :6] - 1)).split([1, 1, 1, 3], 1)
+    loses = u[:, 6:] < grey
+    saturation, tint = saturation.masked_fill(loses, 0), tint.masked_fill(~loses, 1)
     luma = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     mean = luma.mean((2, 3), keepdim=True)
     images = luma.lerp(images, saturation)
-    return mean.lerp(images, contrast).mul(brightness).clamp(0, 255)
+    return mean.lerp(images, contrast).mul(brightness * tint).clamp(0, 255)
 
 
 def augment(images, generator, args):
@@ -824,7 +828,7 @@ def parse_args(argv=None):
     setting("--crop", "least share of the area that a random crop keeps", type=float, metavar="A")
     setting("--rotate", "random turns up to this many degrees", type=float, metavar="D")
     setting("--colour", "change of brightness, contrast, saturation", type=float, metavar="C")
-    setting("--grey", "share of images that lose their colour", type=float, metavar="P")
+    setting("--grey", "share of images that lose their colour to a tint", type=float, metavar="P")
     setting("--smoothing", "of the labels", type=float, metavar="S")
     setting("--average", "decay of a moving average of the weights; 0: none", type=float, metavar="D")
     setting("--balance", "rare classes count more; 1: all the same in sum", type=float, metavar="P")

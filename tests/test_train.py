@@ -16,7 +16,7 @@ from torchvision import transforms
 import train
 from conftest import ROOT
 from net import load_model, simpleconv3
-from train import confusion_matrix, draw_matrix, evaluate, load_images, main, random_boxes, resample
+from train import confusion_matrix, draw_matrix, evaluate, jitter, load_images, main, random_boxes, resample
 
 # --- the data path
 
@@ -59,6 +59,21 @@ def test_pixels_of_a_box_are_torchvisions(mouths, left, top, width, height):
     assert (ours - theirs).abs().mean() < (1.5 if width > 48 else 0.5)
     mirrored = resample(image, box * torch.tensor([1, 1, -1, 1]))[0]
     torch.testing.assert_close(mirrored, ours.flip(2), atol=1e-2, rtol=0)
+
+
+def test_grey_photos_meet_colour_in_training_and_colour_photos_lose_it():
+    grey = torch.full((2000, 3, 4, 4), 100.0)
+    seen = jitter(grey, torch.Generator().manual_seed(0), 0.3, 0.25)[..., 0, 0]
+    tinted = seen.amax(1) - seen.amin(1) > 0.01
+    assert 0.2 < tinted.float().mean() < 0.3
+    assert (seen.mean(0) - 100).abs().max() < 2 and seen.min() > 100 * 0.7**2 and seen.max() < 100 * 1.3**2
+
+    torch.manual_seed(0)
+    coloured = 60 + 90 * torch.rand(2000, 3, 4, 4)
+    seen = jitter(coloured, torch.Generator().manual_seed(0), 0.3, 0.25)
+    ratios = seen / seen[:, :1]  # a tinted grey image has the same ones everywhere
+    assert torch.equal((ratios.amax((2, 3)) - ratios.amin((2, 3))).amax(1) < 1e-4, tinted)
+    assert torch.allclose(jitter(coloured, torch.Generator(), 0.0, 0.0), coloured, atol=1e-3)
 
 
 def test_validation_pixels_are_torchvisions(mouths):
