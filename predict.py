@@ -48,7 +48,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from net import load_model, predict
-from preprocess_lips import Face, LipCropper, cores, label_font, read_photo, write_file
+from preprocess_lips import Face, LipCropper, cores, label_font, plain, read_photo, write_file
 
 BATCH = 32  # photos whose faces go through the network together
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
@@ -203,6 +203,12 @@ def as_json(result, classes, numbers=None, **where):
         }
         for number, face, row in zip(numbers or itertools.count(1), result.faces, result.probabilities)
     ]
+
+
+def json_line(value):
+    """JSON that is exact and safe to print: where `plain` would change it, all that is not ASCII is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text == plain(text) else json.dumps(value)
 
 
 def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
@@ -507,16 +513,16 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
             labels.update(line.get("label", "") for line in lines)
             for line in lines:
                 if as_lines:
-                    say(json.dumps(line, ensure_ascii=False))
+                    say(json_line(line))
                 elif moment.faces:
                     label = last[line["face"]][0] if line["face"] in last else None
                     if line["probability"] > line["probabilities"].get(label, -1) + LEAD:
                         label = line["label"]
-                        say(f"{source}  {clock(moment.time)}  face {line['face']}  {label}  {line['probability']:.1%}")
+                        say(plain(f"{source}  {clock(moment.time)}  face {line['face']}  {label}  {line['probability']:.1%}"))
                     last[line["face"]] = label, moment.time, n
             for number, (_, seen, frame) in list(last.items()):
                 if n - frame > PATIENCE:
-                    say(f"{source}  {clock(seen)}  face {number}  gone")
+                    say(plain(f"{source}  {clock(seen)}  face {number}  gone"))
                     del last[number]
             if target:
                 if n == 1:
@@ -527,7 +533,7 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
             if window and not window.show(moment, model.classes):
                 return labels
     if 0 < n < 0.9 * promised:  # formats that store no count promise an estimate
-        print(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded", file=sys.stderr if as_lines else sys.stdout)
+        print(plain(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded"), file=sys.stderr if as_lines else sys.stdout)
     return labels
 
 
@@ -656,11 +662,11 @@ def main(argv=None):
             if not args.evaluate.is_dir():
                 raise FileNotFoundError(f"{args.evaluate}: no such folder")
             scores, against = run_evaluation(args.evaluate, model, args.crops)
-            print(json.dumps(scores, ensure_ascii=False) if args.json else "\n".join(evaluation_table(scores)))
+            print(json_line(scores) if args.json else "\n".join(map(plain, evaluation_table(scores))))
             if args.save and against:
                 sheet = args.save / "contradictions.jpg"
                 save_jpeg(contradictions_sheet(against), sheet)
-                print(f"the mouths that the model contradicts: {sheet}", file=sys.stderr if args.json else sys.stdout)
+                print(plain(f"the mouths that the model contradicts: {sheet}"), file=sys.stderr if args.json else sys.stdout)
         if args.inputs:
             predict_and_print(args, model)
     except KeyboardInterrupt:
@@ -668,7 +674,7 @@ def main(argv=None):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain(error)}")
 
 
 def save_jpeg(picture, path):
@@ -707,11 +713,11 @@ def predict_and_print(args, model):
                 with bar.external_write_mode(sys.stdout):
                     for line in as_json(result, model.classes):
                         if args.json:
-                            print(json.dumps(line, ensure_ascii=False), flush=True)
+                            print(json_line(line), flush=True)
                         elif "error" in line:
-                            print(f"{line['source']}  {line['error']}")
+                            print(plain(f"{line['source']}  {line['error']}"))
                         else:
-                            print(f"{line['source']}  face {line['face']}  {line['label']}  {line['probability']:.1%}")
+                            print(plain(f"{line['source']}  face {line['face']}  {line['label']}  {line['probability']:.1%}"))
                 photos += not result.error
                 faces += len(result.faces)
                 if args.save:
@@ -733,9 +739,9 @@ def predict_and_print(args, model):
                 if not labels:
                     target, error = None, "unreadable: not one frame can be decoded"
             if args.json and error:
-                print(json.dumps({"source": str(file), "face": None, "error": error}, ensure_ascii=False), flush=True)
+                print(json_line({"source": str(file), "face": None, "error": error}), flush=True)
             elif not args.json:
-                print(f"{file}  {error or shares(labels)}")
+                print(plain(f"{file}  {error or shares(labels)}"))
             rows = [[labels[name] / labels.total() for name in model.classes]] if any(labels[name] for name in model.classes) else []
             cards.append(Card(file, target and target.relative_to(args.save), rows, error or ("" if rows else "no face found")))
     finally:  # a page of what was done before Ctrl-C
@@ -746,7 +752,7 @@ def predict_and_print(args, model):
         done += [f"{sum(not card.error for card in cards if is_video(card.source))} of {len(videos)} videos have faces"] if len(videos) > 1 else []
         done += [f"annotated copies in {args.save}, look at {args.save / 'index.html'}"] if args.save else []
         if done:
-            print("; ".join(done))
+            print(plain("; ".join(done)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
+import contextlib
 import html.parser
+import io
 import json
 import os
 import shlex
@@ -124,6 +126,32 @@ def test_errors_name_the_way_out(shell, model, photos, tmp_path):
     (photos / "9other").mkdir()
     (photos / "2smile" / "s05_1.png").rename(photos / "9other" / "s05_1.png")
     assert "9other, which is none of the model's classes" in shell("predict.py", "--evaluate", "data/raw", check=1).stderr
+
+
+ODD = "\x1b]0;x\x07\n\x9b2J\u202e\u5634\udcff.png"  # sets a title, breaks the line, clears the screen, turns the writing; bytes that are no UTF-8
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
+def test_names_of_files_and_classes_steer_no_terminal_and_are_exact_in_json(shell, model, mouths, tmp_path):
+    for label in ("0none", "2smile", "\u5f20\u5634"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        shutil.copy(next((mouths / "data" / "val").glob("*/*.png")), tmp_path / "in" / label / ODD)
+    shell_c = {"LANG": "C", "LC_ALL": "", "PYTHONIOENCODING": ""}
+    out = shell("predict.py", "--evaluate", "in", "in", "gone\x1b[2J.png", "--crops", env=shell_c).stdout
+    assert all(line.isprintable() for line in out.split("\n"))
+    shown = r"\x1b]0;x\x07\n\x9b2J\u202e" + "\u5634" + r"\udcff.png"
+    assert out.count(shown) == 5  # a line for each of three, and for the two whose folder the model contradicts
+    assert "gone\\x1b[2J.png  unreadable: No such file" in out
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as poor:
+        main([str(tmp_path / "in"), "--evaluate", str(tmp_path / "in"), "--model", str(model), "--crops", "--json"])
+        poor.flush()
+    scores, *faces = map(json.loads, poor.buffer.getvalue().decode("ascii").splitlines())
+    sources = [str(tmp_path / "in" / label / ODD) for label in ("0none", "2smile", "\u5f20\u5634")]
+    assert [face["source"] for face in faces] == sources and {one["source"] for one in scores["contradicted"]} < set(sources)
+    assert all(list(face["probabilities"]) == list(scores["classes"]) == ["0none", "2smile", "\u5f20\u5634"] for face in faces)
+    (tmp_path / "in" / "0none").rename(tmp_path / "in" / "\x1b[31m\nred")
+    error = shell("predict.py", "--evaluate", "in", env=shell_c, check=1).stderr
+    assert error.startswith(r"error: in: holds \x1b[31m\nred, which is none of") and error.count("\n") == 1 and error[:-1].isprintable()
 
 
 HOSTILE = ("<script>alert(1)<!--", "\"'>&amp;", "\u5f20\u5634 #50%?")
