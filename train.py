@@ -27,7 +27,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from net import (
-    CROP_SIZE, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, save_model, simpleconv3, square)
+    CROP_SIZE, NO_CLASS_NAME, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, save_model, simpleconv3, square)
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
@@ -678,22 +678,27 @@ class Run:
             buffer.copy_(stored)
         self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
         self.best, self.last, self.best_weights = state["best"], state["last"], state["best_net"]
-        self.log_dir = str(self.args.logs / Path(state["log_dir"]).name)  # a checkpoint may come from a stranger
+        self.log_dir = str(self.args.logs / state["log_dir"])
         self.unsaved = True  # a kill may have come between the checkpoint and the model
 
 
 def read_checkpoint(path):
+    """The state that `Run.save` wrote. It may come from a stranger: its ``log_dir`` is made the mere name of a folder."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no run to resume; start one without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"args", "classes", "net", "momentum", "log_dir"} - set(state)
         if missing:
-            raise ValueError
+            raise ValueError(f"holds no {min(missing)}")
         check_classes(state["classes"])
+        state["log_dir"] = PureWindowsPath(state["log_dir"]).name  # which knows the separators of all systems
+        if NO_CLASS_NAME.search(state["log_dir"]):
+            raise ValueError("its curves were in no folder of their own")
         return state
     except Exception as error:  # torch.load raises almost anything
-        raise ValueError(f"{path}: damaged ({type(error).__name__}); start again without --resume") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path}: damaged ({reason}); start again without --resume") from None
 
 
 @contextlib.contextmanager

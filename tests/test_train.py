@@ -238,6 +238,24 @@ def test_a_one_cycle_run_cannot_change_its_length_midway(run):
         run("--resume", "--epochs", 3)
 
 
+def test_a_checkpoint_cannot_lead_the_curves_out_of_logs(run, tmp_path):
+    run("--epochs", 1)
+    path = tmp_path / "models" / "checkpoint.pt"
+    state = weights(path)
+    for log_dir in ("..", "../..", "logs/..", ".", "", "/", "..\\..", "a\n", 7):
+        torch.save(state | {"log_dir": log_dir}, path)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit, match=r"checkpoint.pt: damaged \([^\n]*\); start again without --resume"):
+            run("--resume", "--epochs", 2)
+        assert sorted(tmp_path.rglob("*")) == before
+    for epochs, log_dir in ((2, "../../elsewhere/begun_in_linux"), (3, "C:\\logs\\begun_in_windows")):
+        torch.save(state | {"log_dir": log_dir}, path)
+        before = {file for file in tmp_path.rglob("*") if file.is_file()}
+        run("--resume", "--epochs", epochs)
+        (place,) = {file.parent for file in tmp_path.rglob("*") if file.is_file() and file not in before}
+        assert place.parent == tmp_path / "logs" and place.name.startswith("begun_in")
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_path):
     for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
         run("--epochs", 2, "--seed", seed, "--models", folder)
