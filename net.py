@@ -347,18 +347,26 @@ def check_views(views):
         raise ValueError(f"views must be a list of up to 8 numbers from 8 to {CROP_SIZE}")
 
 
-def read_weights(path):
-    """Tensors of a state dict that may come from a stranger: nothing is executed, memory is bounded.
+def read_saved(path, most):
+    """What ``torch.save`` wrote, in a file that may come from a stranger: nothing is executed, memory is bounded.
+
+    A tensor may still be a view of less memory than its shape says.
+
+    Parameters
+    ----------
+    path : path-like
+    most : int
+        Bytes that the file may have.
 
     Raises
     ------
     ValueError, or almost anything else
-        It is no file that ``torch.save`` wrote, or one that takes more than `MAX_WEIGHTS`.
+        It is no such file, or a larger one.
     """
     with open(path, "rb") as file:
-        data = file.read(MAX_WEIGHTS + 1)
-    if len(data) > MAX_WEIGHTS:
-        raise ValueError(f"larger than {MAX_WEIGHTS >> 20} MiB")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"larger than {most >> 20} MiB")
     if data.startswith(b"PK\3\4"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
@@ -368,10 +376,14 @@ def read_weights(path):
     try:
         if b"bytearray\n" in data:  # torch.load lets a pickle ask for one of any size
             raise pickle.UnpicklingError
-        weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose message recommends weights_only=False
-        raise ValueError("damaged, or holds more than tensors: save model.state_dict(), not the model") from None
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        raise ValueError("damaged, or holds more than tensors, such as a whole model") from None
+
+
+def read_weights(path):
+    """Tensors of a state dict that may come from a stranger, as `read_saved`: together at most `MAX_WEIGHTS`."""
+    weights = {key.removeprefix("module."): value for key, value in read_saved(path, MAX_WEIGHTS).items()}
     for key, value in weights.items():
         if not (value.is_floating_point() or key.endswith("num_batches_tracked")):
             raise ValueError(f"{key} is {value.dtype}")

@@ -21,6 +21,7 @@ import math
 import os
 import shlex
 import signal
+import stat
 import sys
 import threading
 import time
@@ -41,11 +42,19 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from net import (
-    CROP_SIZE, NO_CLASS_NAME, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, save_model, simpleconv3, square)
+    CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, read_saved,
+    save_model, simpleconv3, square)
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
 CHECKPOINT = "checkpoint.pt"
+
+# What a file from a stranger may cost. While it is decoded a pixel takes up to 8 bytes, in WebP 16, in JPEG 2000 20:
+# at the largest size half a GiB, 1 and 1.3, for each core.
+MAX_SIDE = 8192  # pixels, width and height of an image
+MAX_BYTES = 4 * MAX_SIDE**2  # of its file
+MAX_CHECKPOINT = 4 * MAX_WEIGHTS  # bytes: weights, their average, the best ones and the momentum
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what Pillow warns of is refused
 
 # What --recipe sets; any flag of the same name overrides it. tests/bench/README.md says how strong was found.
 RECIPES = {
@@ -110,7 +119,7 @@ def load_images(paths, size, cache, name="images"):
     Raises
     ------
     OSError
-        An image cannot be decoded; the message names it.
+        An image cannot be decoded, or is larger than `MAX_SIDE` or `MAX_BYTES`; the message names it.
     """
     shape, target, temporary = (len(paths), 3, size, size), None, None
     if np.prod(shape, dtype=float) > free_memory() / 2:
@@ -131,7 +140,14 @@ def load_images(paths, size, cache, name="images"):
     def load(some):
         for i in some:
             try:
+                about = os.stat(paths[i])
+                if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:  # pipes and devices may never end
+                    raise ValueError(f"no regular file of up to {MAX_BYTES >> 20} MiB")
                 with Image.open(paths[i]) as image:
+                    if max(image.size) > MAX_SIDE:
+                        raise ValueError(f"{image.width} x {image.height} pixels, of which {MAX_SIDE} are read")
+                    if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+                        raise ValueError(f"{image.format} is not read")
                     image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))  # JPEGs decode at a fraction of their size, several times as fast
                     images[i] = square(image, size).numpy()
             except Exception as error:  # decoders raise almost anything
@@ -687,7 +703,7 @@ def read_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no run to resume; start one without --resume")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_saved(path, MAX_CHECKPOINT)
         missing = {"args", "classes", "net", "momentum", "log_dir"} - set(state)
         if missing:
             raise ValueError(f"holds no {min(missing)}")

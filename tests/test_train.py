@@ -2,9 +2,11 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision import transforms
 
+import hostile
 import train
 from conftest import ROOT
 from net import load_model, simpleconv3
@@ -105,6 +108,46 @@ def test_images_that_do_not_fit_in_memory_live_in_a_file(mouths, tmp_path, monke
     assert [p.stat().st_size for p in tmp_path.iterdir()] == [other.numel()]
     monkeypatch.undo()
     assert torch.equal(load_images(paths, 64, tmp_path, "train"), mapped) and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def data(mouths, tmp_path):
+    """A copy of the mouths' data/train and data/val that a test may spoil."""
+    shutil.copytree(mouths / "data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def declares(width, height):
+    """A PNG of a few bytes that says it has so many pixels."""
+    return b"\x89PNG\r\n\x1a\n" + hostile.chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)) + hostile.chunk(b"IDAT", b"") + hostile.chunk(b"IEND", b"")
+
+
+def sparse(path):
+    with open(path, "wb") as file:
+        file.write(hostile.encode(Image.new("RGB", (8, 8)), "PNG"))
+        file.truncate(10 * 2**30)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX files")
+@pytest.mark.parametrize("make, why", [
+    (lambda path: path.write_bytes(declares(50_000, 50_000)), "2500000000 pixels"),
+    (lambda path: path.write_bytes(declares(12_000, 12_000)), "12000 x 12000 pixels, of which 8192 are read"),
+    (lambda path: path.write_bytes(declares(100_000, 1)), "100000 x 1 pixels"), (lambda path: path.write_bytes(declares(1, 100_000)), "1 x 100000 pixels"),
+    (sparse, "no regular file of up to 256 MiB"), (os.mkfifo, "no regular file"), (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    (lambda path: path.write_bytes(hostile.GHOSTSCRIPT), "EPS is not read"), (lambda path: path.symlink_to("gone"), "No such file"),
+], ids=["bomb", "large", "wide", "tall", "ten gigabytes", "pipe", "device", "program", "broken link"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest forgets train.py's own filter
+def test_an_image_that_costs_too_much_is_one_line_that_names_it(data, make, why):
+    make(data / "train" / "dark" / "bad.png")
+    with pytest.raises(SystemExit, match=f"^error: .*bad.png: not a readable image .*{why}[^\n]*; remove it and run the command again$"):
+        main(["--data", str(data), "--models", str(data / "models"), "--device", "cpu"])
+
+
+def test_an_image_of_the_largest_size_is_read(tmp_path):
+    Image.new("L", (train.MAX_SIDE, train.MAX_SIDE), 76).save(tmp_path / "a.jpg")
+    Image.new("1", (train.MAX_SIDE, 100), 1).save(tmp_path / "b.png")
+    images = load_images(sorted(tmp_path.iterdir()), 64, tmp_path / "cache")
+    assert [image[:, 32, 32].tolist() for image in images] == [[76] * 3, [255] * 3]
 
 
 def test_evaluate_sums_over_samples_whatever_the_batches():
@@ -254,6 +297,23 @@ def test_a_checkpoint_cannot_lead_the_curves_out_of_logs(run, tmp_path):
         run("--resume", "--epochs", epochs)
         (place,) = {file.parent for file in tmp_path.rglob("*") if file.is_file() and file not in before}
         assert place.parent == tmp_path / "logs" and place.name.startswith("begun_in")
+
+
+def test_a_checkpoint_larger_than_any_of_ours_is_not_read(run, tmp_path):
+    path = tmp_path / "models" / "checkpoint.pt"
+    path.parent.mkdir()
+    torch.save({"net": torch.zeros(2**25)}, tmp_path / "large.pt")
+    with zipfile.ZipFile(tmp_path / "large.pt") as large, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as small:
+        for entry in large.namelist():
+            small.writestr(entry, large.read(entry))
+    with pytest.raises(SystemExit, match=r"checkpoint.pt: damaged \(a compressed archive\)"):
+        run("--resume")
+    (tmp_path / "large.pt").rename(path)
+    with pytest.raises(SystemExit, match=r"checkpoint.pt: damaged \(larger than 64 MiB\)"):
+        run("--resume")
+    torch.save(simpleconv3(2), path)
+    with pytest.raises(SystemExit, match=r"checkpoint.pt: damaged \(damaged, or holds more than tensors"):
+        run("--resume")
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_path):
