@@ -1,10 +1,12 @@
 """Real faces for the tests: the sample's, and those of ../shared/data where that folder is there."""
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,6 +105,24 @@ def shell(tmp_path):
         assert done.returncode == check, done.stdout + done.stderr
         assert "Traceback" not in done.stderr, done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch, capsys):
+    """As `shell`, but within this process, which saves the seconds that loading torch takes."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *args, check=0):
+        code, last = 0, ""
+        try:
+            importlib.import_module(script.removesuffix(".py")).main([*map(str, args)])
+        except SystemExit as end:  # a text is what Python would print before it exits with 1
+            code, last = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code, "")
+        out, err = capsys.readouterr()
+        assert code == check, out + err + last
+        return SimpleNamespace(stdout=out, stderr=err + last)
 
     return run
 

@@ -208,24 +208,24 @@ def test_predict_takes_crops_of_any_size():
     assert predict(model, []).shape == (0, 4)
 
 
-def test_command_line_shows_layers_and_parameters(shell, tmp_path):
-    assert "1,608,980" in shell("net.py").stdout
+def test_command_line_shows_layers_and_parameters(inside, tmp_path):
+    assert "1,608,980" in inside("net.py").stdout
     save_model(simpleconv3(2), tmp_path / "two.pt")
     (tmp_path / "two.json").unlink()
-    out = shell("net.py", "two.pt").stdout
+    out = inside("net.py", "two.pt").stdout
     assert "fc3" in out and "1,608,722" in out and "classes: 0, 1" in out
-    assert "error: none.pt: no such model" in shell("net.py", "none.pt", check=1).stderr
+    assert "error: none.pt: no such model" in inside("net.py", "none.pt", check=1).stderr
 
 
-def test_nothing_in_a_model_steers_the_terminal(shell, tmp_path):
+def test_nothing_in_a_model_steers_the_terminal(inside, tmp_path):
     save_model(simpleconv3(4), tmp_path / "model.pt", command="\x1b[2J\x9b2J", log="\u202e")
     model = json.loads((tmp_path / "model.json").read_text("utf-8"))
     (tmp_path / "model.json").write_text(json.dumps(model | {"classes": ["\u202ea", "b", "می\u200cخندد", "d"]}), "utf-8")
-    out = shell("net.py", "model.pt").stdout
+    out = inside("net.py", "model.pt").stdout
     assert out.replace("\n", "").replace("\u200c", "").isprintable()
     assert r"\u202ea, b, می‌خندد, d" in out and r"\x9b2J" in out
     torch.save(altered("\x1b[31m", torch.zeros(1)), tmp_path / "model.pt")
-    assert "\x1b" not in shell("net.py", "model.pt", check=1).stderr
+    assert "\x1b" not in inside("net.py", "model.pt", check=1).stderr
 
 
 def test_help_fits_a_screen_and_ends_with_examples(shell):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import ROOT
-from net import CROP_SIZE, load_model, normalize, predict, save_model, simpleconv3, square
+from net import CROP_SIZE, load_model, main, normalize, predict, save_model, simpleconv3, square
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def exported(request, crops, tmp_path_factory):
         optimizer.step()
     model.classes = ("bright", "张嘴")
     save_model(model, folder / "models" / "model.pt", temperature=5.0, **request.param, scores=[-0.5, 1e-5, True])
-    subprocess.run([sys.executable, ROOT / "net.py", "models/model.pt", "--export", "model.onnx"], cwd=folder, check=True)
+    main([str(folder / "models" / "model.pt"), "--export", str(folder / "model.onnx")])
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "models"]
     return folder
 
@@ -78,11 +78,10 @@ def test_exported_models_are_valid_and_describe_themselves(exported):
     assert model.opset_import[0].version == int(about["opset"]) == 13
 
 
-def test_without_the_package_the_error_says_what_to_install(shell, tmp_path):
+def test_without_the_package_the_error_says_what_to_install(inside, monkeypatch, tmp_path):
     save_model(simpleconv3(4), tmp_path / "model.pt")
-    (tmp_path / "onnx.py").write_text("raise ImportError")
-    args = "net.py", "model.pt", "--export", "model.onnx"
-    assert "'pip install onnx' brings it" in shell(*args, env={"PYTHONPATH": str(tmp_path)}, check=1).stderr
+    monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not there
+    assert "'pip install onnx' brings it" in inside("net.py", "model.pt", "--export", "model.onnx", check=1).stderr
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -106,10 +105,16 @@ def test_the_python_example_prints_the_label(exported, crops):
     check_labels([sys.executable, "label.py"], exported, crops)
 
 
-def test_the_cpp_example_prints_the_label(exported, crops):
+@pytest.fixture(scope="module")
+def label_cpp(tmp_path_factory):
+    """The program that the comment in label.cpp makes of it."""
     if not all(map(shutil.which, ("g++", "pkg-config"))) or subprocess.run(["pkg-config", "--exists", "opencv4"]).returncode:
         pytest.skip("needs g++ and OpenCV's headers")
-    code = example("label.cpp")
-    (exported / "label.cpp").write_text(code, "utf-8")
-    subprocess.run(re.match("// label.cpp: (.*)", code)[1], shell=True, cwd=exported, check=True)
-    check_labels(["./label"], exported, crops)
+    folder, code = tmp_path_factory.mktemp("cpp"), example("label.cpp")
+    (folder / "label.cpp").write_text(code, "utf-8")
+    subprocess.run(re.match("// label.cpp: (.*)", code)[1], shell=True, cwd=folder, check=True)
+    return folder / "label"
+
+
+def test_the_cpp_example_prints_the_label(label_cpp, exported, crops):
+    check_labels([label_cpp], exported, crops)

@@ -36,10 +36,10 @@ def two_faces(orl, tmp_path):
     return tmp_path / "two.png"
 
 
-def test_one_line_a_face_and_one_for_what_has_none(shell, model, two_faces, tmp_path):
+def test_one_line_a_face_and_one_for_what_has_none(inside, model, two_faces, tmp_path):
     Image.new("RGB", (200, 200), "green").save(tmp_path / "meadow.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    out = shell("predict.py", "two.png", "meadow.jpg", "broken.jpg", "missing.jpg", "two.png").stdout.splitlines()
+    out = inside("predict.py", "two.png", "meadow.jpg", "broken.jpg", "missing.jpg", "two.png").stdout.splitlines()
     assert [line.split("  ")[:2] for line in out[:4]] == [
         ["two.png", "face 1"], ["two.png", "face 2"], ["meadow.jpg", "no face found"], out[3].split("  ")[:2]]
     assert out[3].startswith("broken.jpg  unreadable: ") and out[4].startswith("missing.jpg  unreadable: No such file")
@@ -88,10 +88,10 @@ def test_crops_are_classified_whole(model, mouths, capsys):
 
 
 def test_results_come_in_order_and_do_not_depend_on_the_batch(model, photos):
-    net, files = load_model(model), sorted(photos.rglob("*.png")) * 3
+    net, files = load_model(model), sorted(photos.rglob("*.png")) * 2  # more than wait for one batch
     together = list(predict_photos(files, net))
     assert [result.source for result in together] == files
-    alone = [next(predict_photos([file], net, workers=1)) for file in files[:5]]
+    alone = [next(predict_photos([file], net, workers=1)) for file in files[:2]]
     for a, b in zip(together, alone):
         np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-5)
 
@@ -104,11 +104,11 @@ def test_scores_by_hand():
     assert scores["confusion"] == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
 
 
-def test_evaluate_prints_a_table_or_one_object(shell, model, photos, tmp_path):
+def test_evaluate_prints_a_table_or_one_object(inside, model, photos, tmp_path):
     Image.new("RGB", (200, 200), "green").save(photos / "0none" / "meadow.jpg")
-    out = shell("predict.py", "--evaluate", "data/raw").stdout
+    out = inside("predict.py", "--evaluate", "data/raw").stdout
     assert "precision" in out and "balanced accuracy" in out and "on 24 images; 1 without a face" in out
-    scores = json.loads(shell("predict.py", "--evaluate", "data/raw", "--json", "--save", "seen").stdout)
+    scores = json.loads(inside("predict.py", "--evaluate", "data/raw", "--json", "--save", "seen").stdout)
     against = scores["contradicted"]
     assert len(against) == 24 - round(24 * scores["accuracy"]) > 0
     assert [one["probability"] for one in against] == sorted((one["probability"] for one in against), reverse=True)
@@ -119,13 +119,13 @@ def test_evaluate_prints_a_table_or_one_object(shell, model, photos, tmp_path):
     assert scores["classes"]["0none"]["images"] == 12
 
 
-def test_errors_name_the_way_out(shell, model, photos, tmp_path):
-    assert "no such model; 'python train.py' makes one" in shell("predict.py", "x.jpg", "--model", "no.pt", check=1).stderr
+def test_errors_name_the_way_out(inside, model, photos, tmp_path):
+    assert "no such model; 'python train.py' makes one" in inside("predict.py", "x.jpg", "--model", "no.pt", check=1).stderr
     (tmp_path / "empty").mkdir()
-    assert "empty: no photos or videos in this folder" in shell("predict.py", "empty", check=1).stderr
+    assert "empty: no photos or videos in this folder" in inside("predict.py", "empty", check=1).stderr
     (photos / "9other").mkdir()
     (photos / "2smile" / "s05_1.png").rename(photos / "9other" / "s05_1.png")
-    assert "9other, which is none of the model's classes" in shell("predict.py", "--evaluate", "data/raw", check=1).stderr
+    assert "9other, which is none of the model's classes" in inside("predict.py", "--evaluate", "data/raw", check=1).stderr
 
 
 ODD = "\x1b]0;x\x07\n\x9b2J\u202e\u5634\udcff.png"  # sets a title, breaks the line, clears the screen, turns the writing; bytes that are no UTF-8

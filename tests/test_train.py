@@ -373,19 +373,19 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint_to_resume(mouths,
     assert done >= 1 and load_model(tmp_path / "models" / "model.pt").classes == ("bright", "dark")
 
 
-def test_settings_that_cannot_work_are_one_clear_error(shell, mouths, tmp_path):
+def test_settings_that_cannot_work_are_one_clear_error(inside, mouths, tmp_path):
     error = "error: data/train: no such folder; 'python split_train_val.py' makes it"
-    assert error in shell("train.py", check=1).stderr.replace("\\", "/")
+    assert error in inside("train.py", check=1).stderr.replace("\\", "/")
     shutil.copytree(mouths / "data", tmp_path / "data")
-    assert "no run to resume" in shell("train.py", "--resume", check=1).stderr
+    assert "no run to resume" in inside("train.py", "--resume", check=1).stderr
     shutil.rmtree(tmp_path / "data" / "val" / "dark")
-    assert "class dark is not in" in shell("train.py", check=1).stderr
+    assert "class dark is not in" in inside("train.py", check=1).stderr
     shutil.rmtree(tmp_path / "data" / "train" / "dark")
-    assert "only one class, bright" in shell("train.py", check=1).stderr
+    assert "only one class, bright" in inside("train.py", check=1).stderr
     (tmp_path / "data" / "val" / "bright" / "broken.jpg").write_bytes(b"nothing")
     shutil.copytree(mouths / "data" / "train" / "dark", tmp_path / "data" / "train" / "dark")
     shutil.copytree(mouths / "data" / "val" / "dark", tmp_path / "data" / "val" / "dark")
-    assert "broken.jpg: not a readable image" in shell("train.py", check=1).stderr
+    assert "broken.jpg: not a readable image" in inside("train.py", check=1).stderr
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice_and_keeps_the_best(run, tmp_path):

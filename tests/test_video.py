@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+import train
 from conftest import ROOT
 from net import load_model
 from predict import main, predict_video
@@ -24,8 +25,8 @@ PARTS = (("s05_1", 0.5), None, ("s01_1", 1.0))  # a dark face, nothing, a bright
 @pytest.fixture(scope="module")
 def model(mouths):
     """A model that tells dark mouths from bright ones."""
-    command = [sys.executable, str(ROOT / "train.py"), "--epochs", "12", "--lr", "0.02", "--device", "cpu", "--models", "seen"]
-    subprocess.run(command, cwd=mouths, check=True, capture_output=True)
+    train.main(["--epochs", "12", "--lr", "0.02", "--device", "cpu", "--data", str(mouths / "data"), "--models", str(mouths / "seen"),
+                "--logs", str(mouths / "logs")])
     return mouths / "seen" / "model.pt"
 
 
@@ -65,9 +66,9 @@ def frames_of(path):
     return frames, capture.get(cv2.CAP_PROP_FPS)
 
 
-def test_lines_tell_changes_and_the_copy_has_every_frame(shell, model, orl, tmp_path):
+def test_lines_tell_changes_and_the_copy_has_every_frame(inside, model, orl, tmp_path):
     write_clip(tmp_path / "clip.mp4", orl)
-    out = shell("predict.py", "clip.mp4", "--model", model, "--save", "named").stdout.splitlines()
+    out = inside("predict.py", "clip.mp4", "--model", model, "--save", "named").stdout.splitlines()
     lines = [line.split("  ") for line in out]
     assert all(line[0] == "clip.mp4" for line in lines[:-1])
     # the first face comes at once, is gone when it vanishes, and the second has another number
@@ -154,13 +155,14 @@ def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(pre
     assert crops and all(line["source"].endswith(".jpg") for line in crops)
 
 
-def test_no_camera_and_no_screen_are_one_line(shell, model, orl, tmp_path):
+def test_no_camera_and_no_screen_are_one_line(shell, inside, model, orl, tmp_path, monkeypatch):
     write_clip(tmp_path / "clip.mp4", orl, parts=[None])
-    bare = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
     error = shell("predict.py", "--camera", 63, "--model", model, check=1).stderr
     assert error.splitlines() == ["error: --camera 63: no such camera, or another program uses it"]
     if sys.platform == "linux":
-        error = shell("predict.py", "--camera", "clip.mp4", "--model", model, env=bare, check=1).stderr
+        monkeypatch.setenv("DISPLAY", "")
+        monkeypatch.setenv("WAYLAND_DISPLAY", "")
+        error = inside("predict.py", "--camera", "clip.mp4", "--model", model, check=1).stderr
         assert error.count("\n") == 1 and "needs a screen" in error
 
 
