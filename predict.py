@@ -64,6 +64,7 @@ EXAMPLES = """examples:
 """
 
 label_font = functools.cache(label_font)  # loading one takes longer than drawing with it
+LipCropper = functools.cache(LipCropper)  # loading it takes as long as forty photos, and threads may share it
 
 
 class Result(NamedTuple):
