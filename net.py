@@ -99,9 +99,13 @@ def square(image, size=CROP_SIZE):
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
-    image = image.convert("RGB")
     width, height = image.size
     short = min(width, height)
+    if max(width, height) > 32 * short:  # a strip: enlarged, it would fill gigabytes, of which the middle is kept
+        left, top = max(0, width // 2 - 8 * short), max(0, height // 2 - 8 * short)
+        image = image.crop((left, top, width - left, height - top))
+        width, height = image.size
+    image = image.convert("RGB")
     width, height = int(size * width / short), int(size * height / short)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)

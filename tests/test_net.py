@@ -42,6 +42,14 @@ def test_square_is_torchvisions_resize_and_center_crop(width, height, size, seed
     assert torch.equal(square(np.asarray(image), size), expected)
 
 
+def test_square_of_a_strip_takes_no_memory_for_what_it_drops():
+    strip = Image.new("L", (50_000_000, 1), 90)
+    strip.paste(30, (25_000_000, 0, 50_000_000, 1))
+    out = square(strip)
+    assert (out[..., 0] > 88).all() and (out[..., -1] < 32).all() and (out[..., 23] > 60).all() and (out[..., 24] < 60).all()
+    assert torch.equal(square(strip.transpose(Image.Transpose.TRANSPOSE)), out.transpose(1, 2))
+
+
 def test_grey_images_become_three_equal_channels():
     grey = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
     out = square(grey)
