@@ -591,7 +591,7 @@ def plain(text):
 
 def is_name(text):
     """Whether a text names something in a folder, not a way out of it."""
-    return text not in ("", ".", "..") and Path(text).name == text
+    return text not in ("", "..") and Path(text).name == text
 
 
 def crop_name(label, sha1):

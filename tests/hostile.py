@@ -148,7 +148,7 @@ def bombs(side=50_000):
 
     honest = zlib.compress(bytes((11_504 // 8 + 1) * 11_504))
     return {
-        "bomb.png": png(side, side), "bomb that keeps its word.png": png(11_504, 11_504, bits=1, colour=0, lines=honest), "bomb.jpg": bytes(jpeg), "bomb progressive.jpg": bytes(progressive), "bomb.gif": bytes(gif), "bomb.bmp": bytes(bmp),
+        "bomb.png": png(side, side), "bomb that keeps its word.png": png(11_504, 11_504, bits=1, colour=0, lines=honest), "bomb under Pillow's limit.png": png(13_000, 13_000), "bomb.jpg": bytes(jpeg), "bomb progressive.jpg": bytes(progressive), "bomb.gif": bytes(gif), "bomb.bmp": bytes(bmp),
         "bomb.sgi": bytes(sgi), "bomb canvas.webp": b"RIFF" + struct.pack("<I", 4 + len(vp8x) + len(vp8l)) + b"WEBP" + vp8x + vp8l,
         "bomb.webp": b"RIFF" + struct.pack("<I", 4 + len(vp8l)) + b"WEBP" + vp8l, "bomb.tif": tiff, "bomb tiles.tif": tiled,
         "bomb.ppm": b"P6 %d %d 255\n" % (side, side) + bytes(1000), "bomb.pcx": encode(small, "PCX")[:8] + struct.pack("<HH", side, side) + encode(small, "PCX")[12:],

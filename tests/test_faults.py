@@ -1,6 +1,8 @@
 """Nothing lost, nothing trusted: broken photos, kills, full disks, two runs at once. README.md here has the table."""
 
+import copy
 import csv
+import ctypes
 import faulthandler
 import itertools
 import json
@@ -10,14 +12,18 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -33,6 +39,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.fixture(scope="module")
 def face(orl):
     return Image.fromarray(orl["s05_1"]).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, face):
+    """A folder of hostile photos, and for each the statuses that are right."""
+    folder = tmp_path_factory.mktemp("photos") / "a"
+    return folder, hostile.make(folder, face)
 
 
 def rows_of(crops):
@@ -54,13 +67,13 @@ def files_in(*folders):
 
 
 @posix
-def test_hostile_photos_each_get_their_status_and_no_more_memory_than_allowed(tmp_path, face, shell):
+def test_hostile_photos_each_get_their_status_and_no_more_memory_than_allowed(tmp_path, corpus, shell):
     """Bombs, lies, cuts, pipes, devices, loops, ten gigabytes, odd names: all are told apart in one run."""
-    expected = hostile.make(tmp_path / "photos" / "a", face)
+    folder, expected = corpus
     # measured from a small process: one that this large one starts would be counted as large
     measure = ("import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)")
-    done = subprocess.run([sys.executable, "-c", measure, *command("preprocess_lips.py", "photos", "crops", "--workers", "2")],
+    done = subprocess.run([sys.executable, "-c", measure, *command("preprocess_lips.py", folder.parent, "crops", "--workers", "2")],
                           cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     out = done.stdout.decode()
     peak = int(out.split()[-1])
@@ -70,17 +83,26 @@ def test_hostile_photos_each_get_their_status_and_no_more_memory_than_allowed(tm
     assert set(got) == set(expected)
     # the largest process; the worst honest photo here takes 50 MB, the worst bomb would take over a gigabyte
     assert peak * (1024 if sys.platform == "linux" else 1) < 700e6
-    again = shell("preprocess_lips.py", "photos", "crops").stdout
+    again = shell("preprocess_lips.py", folder.parent, "crops").stdout
     assert "0 new photos" in again
 
 
 @posix
-@pytest.mark.parametrize("what", ["pipe.jpg", "device.jpg", "ten gigabytes.jpg", "bomb that keeps its word.png"])
-def test_readers_of_single_photos_refuse_them_too(tmp_path, face, cropper, what):
-    hostile.make(tmp_path / "a", face)
+@pytest.mark.parametrize("what, why", [("pipe.jpg", "not a regular file"), ("device.jpg", "not a regular file"), ("ten gigabytes.jpg", "larger than 480 MB"),
+                                       ("bomb that keeps its word.png", "11504 x 11504 pixels"), ("bomb under Pillow's limit.png", "13000 x 13000 pixels")])
+def test_readers_of_single_photos_refuse_them_too(corpus, cropper, what, why):
+    path = corpus[0] / what
+    if what == "pipe.jpg":  # whoever opens it reads nothing, instead of waiting for ever
+        threading.Thread(target=lambda: [open(path, "wb").close() for _ in range(2)], daemon=True).start()
     for read in (read_photo, cropper.find):
-        with pytest.raises(OSError):
-            read(tmp_path / "a" / what)
+        with pytest.raises(OSError, match=why):
+            read(path)
+
+
+@linux
+def test_no_more_is_read_of_a_file_than_allowed_whatever_size_it_claims(monkeypatch):
+    monkeypatch.setattr(preprocess_lips, "MAX_BYTES", 100)
+    assert os.stat("/proc/self/status").st_size == 0 and len(preprocess_lips.read_file("/proc/self/status")) == 100
 
 
 @posix
@@ -122,30 +144,32 @@ def test_the_largest_photos_stay_within_the_memory_of_a_worker(tmp_path):
     assert usage.ru_maxrss * 1024 < MAX_MEMORY + 500e6
 
 
-def work_that_hangs(tasks):
-    """As `_work`, but one photo sends the decoder into an endless loop that never lets Python in."""
-    real = preprocess_lips.process_photo
-
-    def process_photo(cropper, photos, crops, source, *more):
-        if source == "0none/s02_2.png":
-            re.match(r"(a+)+$", "a" * 60 + "b")
-        return real(cropper, photos, crops, source, *more)
-
-    preprocess_lips.process_photo = process_photo
-    try:
-        return REAL_WORK(tasks)
-    finally:
-        preprocess_lips.process_photo = real
+REAL_WORK, REAL_DECODE = preprocess_lips._work, preprocess_lips._decode
 
 
-REAL_WORK = preprocess_lips._work
+def decode(source, least=None):
+    """As `_decode`, but two photos keep the decoder from ever letting Python in, or make it ask for all the memory there may be."""
+    if source.endswith(b"for ever"):
+        re.match(r"(a+)+$", "a" * 30 + "b")  # about a minute
+    if source.endswith(b"too much"):
+        np.empty(MAX_MEMORY, np.uint8)
+    return REAL_DECODE(source, least)
 
 
-def test_a_photo_that_takes_for_ever_costs_only_itself(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess_lips, "_work", work_that_hangs)
+def work(tasks):
+    preprocess_lips._decode = decode
+    return REAL_WORK(tasks)
+
+
+def test_photos_that_take_for_ever_or_too_much_memory_cost_only_themselves(photos, tmp_path, monkeypatch):
+    bad = {"0none/s02_2.png": b"for ever"} | ({"2smile/s05_1.png": b"too much"} if sys.platform == "linux" else {})
+    for name, more in bad.items():
+        with open(photos / name, "ab") as file:
+            file.write(more)
+    monkeypatch.setattr(preprocess_lips, "_work", work)
     monkeypatch.setattr(preprocess_lips, "MAX_SECONDS", 2)
     rows, new = preprocess(photos, tmp_path / "crops", 2)
-    assert {row["source"]: row["status"] for row in rows if row["status"] != "ok"} == {"0none/s02_2.png": "unreadable"} and new == 24
+    assert {row["source"]: row["status"] for row in rows if row["status"] != "ok"} == dict.fromkeys(bad, "unreadable") and new == 24
     monkeypatch.undo()
     assert preprocess(photos, tmp_path / "crops", 2)[1] == 0  # it is remembered: a rerun does not hang again
 
@@ -184,53 +208,49 @@ def test_processes_of_a_job_do_not_wait_for_photos_that_cannot_be_read(tmp_path,
     assert [row["status"] for row in rows_of(tmp_path / "crops").values()] == ["ok"] + 3 * ["unreadable"]
 
 
+def bind():
+    """Root goes without the rights to read and write what permissions forbid."""
+    if os.getuid() == 0:
+        prctl = ctypes.CDLL(None).prctl
+        assert not any(prctl(24, right, 0, 0, 0) for right in (1, 2))  # PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+
+
 @pytest.fixture
-def nobody(tmp_path_factory):
-    """A folder, and a function that runs a script there as a user whom permissions bind."""
-    folder = tmp_path_factory.mktemp("nobody")
-    user = {}
-    if os.name == "posix" and os.getuid() == 0:
-        user = {"user": 65534, "group": 65534, "extra_groups": []}
-        os.chown(folder, 65534, 65534)
-        for place in folder.parents[:2]:
-            place.chmod(0o711)
+def permitted(tmp_path):
+    """Runs a script, whom permissions bind even where the tests are run by root, and without a home."""
 
-    def run(script, *args, env=None):
+    def run(script, *args):
         try:
-            done = subprocess.run(command(script, *args), cwd=folder, env=os.environ | {"HOME": "/nonexistent"} | (env or {}), capture_output=True, text=True, **user)
-        except PermissionError:
-            pytest.skip("another user may not run this Python")
-        if "Permission denied" in done.stderr and str(ROOT) in done.stderr:
-            pytest.skip("another user may not read this folder")
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
+            done = subprocess.run(command(script, *args), cwd=tmp_path, env=os.environ | {"HOME": "/nonexistent"}, preexec_fn=bind, capture_output=True, text=True)
+        except subprocess.SubprocessError:
+            pytest.skip("permissions do not bind this user")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-    yield folder, run
-    for place in folder.rglob("*"):
+    yield run
+    for place in tmp_path.rglob("*"):
         if not place.is_symlink():
             place.chmod(0o700)
 
 
 @posix
-def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(nobody, face):
-    folder, run = nobody
-    (folder / "photos" / "a" / "closed folder").mkdir(parents=True)
+def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(permitted, tmp_path, face):
+    folder = tmp_path / "photos" / "a"
+    (folder / "closed folder").mkdir(parents=True)
     for name in ("open.png", "closed.png", "closed folder/inside.png"):
-        face.save(folder / "photos" / "a" / name)
-    closed = [folder / "photos" / "a" / name for name in ("closed.png", "closed folder")]
+        face.save(folder / name)
+    closed = [folder / name for name in ("closed.png", "closed folder")]
     for path in closed:
         path.chmod(0)
-    (folder / "photos" / "a").chmod(0o555)  # and the photos' folder is read-only
-    if os.getuid() == 0:
-        for path in (folder / "photos").rglob("*"):
-            os.chown(path, 65534, 65534)
-    assert run("preprocess_lips.py", "photos", "crops").returncode == 0
-    assert {source: row["status"] for source, row in rows_of(folder / "crops").items()} == {
+    folder.chmod(0o555)  # and the photos' folder is read-only
+    permitted("preprocess_lips.py", "photos", "crops")
+    assert {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()} == {
         "a/closed folder": "unreadable", "a/closed.png": "unreadable", "a/open.png": "ok"}
+    assert "0 new photos" in permitted("preprocess_lips.py", "photos", "crops")
     for path in closed:
         path.chmod(0o700)
-    assert run("preprocess_lips.py", "photos", "crops").returncode == 0
-    assert sorted(row["status"] for row in rows_of(folder / "crops").values()) == ["duplicate", "duplicate", "ok"]
+    permitted("preprocess_lips.py", "photos", "crops")
+    assert sorted(row["status"] for row in rows_of(tmp_path / "crops").values()) == ["duplicate", "duplicate", "ok"]
 
 
 @posix
@@ -240,13 +260,18 @@ def test_names_of_all_alphabets_pass_through_poor_terminals_and_missing_homes(tm
     folder.mkdir(parents=True)
     for i in range(2):
         face.rotate(i).save(folder / f"微笑 {i}.png")
-    for script, args in (("preprocess_lips.py", ["脸", "裁剪"]), ("split_train_val.py", ["裁剪", "数据"]), ("split_train_val.py", ["没有"])):
+    gone = ["没有\x1b[31m"]
+    for script, args in (("preprocess_lips.py", ["脸", "裁剪"]), ("split_train_val.py", ["裁剪", "数据"]), ("preprocess_lips.py", gone), ("split_train_val.py", gone)):
         done = subprocess.run(command(script, *args), cwd=tmp_path, capture_output=True,
                               env={key: value for key, value in os.environ.items() if key not in ("HOME", "LANG", "LC_ALL")} | env)
         out = done.stdout + done.stderr
-        assert done.returncode == (args == ["没有"]) and b"Traceback" not in out, out
+        assert done.returncode == (args == gone) and b"Traceback" not in out, out
         assert not set(out) & set(b"\x1b\x07"), out
-    assert [row["class"] for row in read_csv(tmp_path / "数据" / "split.csv")] == 2 * [folder.name]
+        for crop in sorted((tmp_path / "裁剪").glob("*/*.jpg"))[:1]:
+            for part in ("train", "val"):  # files of others, which the split names and leaves alone
+                (tmp_path / "数据" / part / folder.name).mkdir(parents=True, exist_ok=True)
+                (tmp_path / "数据" / part / folder.name / crop.name).touch()
+    assert [row["class"] for row in read_csv(tmp_path / "数据" / "split.csv")] == [folder.name]
 
 
 def test_long_class_names_leave_room_for_the_photos_name():
@@ -273,6 +298,7 @@ def csv_file(tmp_path_factory):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(cells, cells), max_size=4))
+@example([(c + "1", "1" + c) for c in "=+-@\t\r\n'\",;\udcff"])
 def test_csv_files_come_back_as_they_were_and_hold_no_formulas(csv_file, rows):
     path = csv_file
     rows = [{"source": a, "class": b} for a, b in rows]
@@ -280,7 +306,7 @@ def test_csv_files_come_back_as_they_were_and_hold_no_formulas(csv_file, rows):
     assert read_csv(path) == rows
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         for row in csv.reader(file):
-            assert not any(re.match(r"[=+\-@\t\r]", cell) for cell in row if not re.fullmatch(r"-[-\d ]+", cell))
+            assert not any(re.match(r"[=+\-@\t\r\n]", cell) for cell in row if not re.fullmatch(r"-[-\d ]+", cell))
 
 
 def test_boxes_with_negative_edges_stay_numbers(tmp_path):
@@ -288,24 +314,35 @@ def test_boxes_with_negative_edges_stay_numbers(tmp_path):
     assert (tmp_path / "x.csv").read_text().splitlines() == ["mouth,source", "-12 5 -3 40,'-12.jpg"]
 
 
-def test_records_from_others_remove_nothing_outside(photos, tmp_path):
-    """A manifest.csv or split.csv that came with a download may say anything."""
-    mine = [tmp_path / "mine.jpg", tmp_path / ".._mine.jpg", tmp_path / "data" / "mine.jpg"]
-    for path in mine:
-        path.write_text("mine")
-    crops, data = tmp_path / "data" / "lips", tmp_path / "data"
-    base = dict.fromkeys(COLUMNS, "") | {"status": "ok", "source": "gone.png", "sha1": "mine"}
-    write_csv(crops / "manifest.csv", COLUMNS, [
-        base | {"class": "..", "crop": "../mine.jpg"}, base | {"class": "..", "crop": "mine.jpg"}, base | {"class": "../..", "crop": ".._mine.jpg"},
-        base | {"class": "../../..", "crop": "../../.._mine.jpg"}, base | {"class": str(tmp_path), "crop": "mine.jpg"}])
-    preprocess_lips.main([str(photos), str(crops), "--workers", "1"])
+def test_records_from_others_remove_nothing_that_is_not_ours(photos, tmp_path):
+    """A manifest.csv or split.csv that came with a download may say anything, and bring folders."""
     import split_train_val
 
+    crops, data = tmp_path / "data" / "lips", tmp_path / "data"
+    mine = [tmp_path / "mine.jpg", data / "m.jpg", data / ".._mine.jpg", crops / "_mine.jpg", crops / "0none" / "mine.jpg"]
+    for folder in (crops / "0none" / "0none_", data / "train" / "0none"):
+        folder.mkdir(parents=True)
+    for path in mine:
+        path.write_text("mine")
+    base = dict.fromkeys(COLUMNS, "") | {"status": "ok", "source": "gone.png"}
+    about = (photos / "0none" / "s01_1.png").stat()
+    write_csv(crops / "manifest.csv", COLUMNS, [
+        *(base | {"class": label, "sha1": sha1, "crop": crop} for label, sha1, crop in (
+            ("..", "mine", "../mine.jpg"), ("..", "mine", ".._mine.jpg"), ("", "mine", "_mine.jpg"), ("0none", "mine", "mine.jpg"),
+            ("0none", "/../../../m", "0none_/../../../m.jpg"), (str(tmp_path), "mine", "mine.jpg"))),
+        base | {"source": "0none/s01_1.png", "class": "0none", "crop": "../../m.jpg", "sha1": "m", "bytes": about.st_size, "mtime_ns": about.st_mtime_ns}])
+    preprocess_lips.main([str(photos), str(crops), "--workers", "1"])
     write_csv(data / "split.csv", split_train_val.COLUMNS, [
-        dict(part=part, **{"class": label}, file=name, group="g", draw="d")
-        for part, label, name in (("..", ".", "mine.jpg"), ("train", "../..", "mine.jpg"), ("train", "..", "../mine.jpg"), ("val", str(tmp_path), "mine.jpg"))])
+        {"part": part, "class": label, "file": name, "group": "g", "draw": "d"} for part, label, name in (
+            ("..", "data", "m.jpg"), ("train", "..", "m.jpg"), ("train", "0none", "../../m.jpg"), ("train", "0none", ""), ("val", str(tmp_path), "mine.jpg"))])
     split_train_val.main([str(crops), str(data)])
     assert all(path.read_text() == "mine" for path in mine)
+
+
+def test_a_record_that_cannot_be_read_at_all_is_one_line(photos, tmp_path):
+    (tmp_path / "manifest.csv").write_bytes(b"a" * 200_000)
+    with pytest.raises(SystemExit, match=r"^error: .*manifest.csv: not a CSV file [^\n]*; remove it and run the same command again$"):
+        preprocess_lips.main([str(photos), str(tmp_path)])
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\xff\xfe", b"source\n", b"status,class\nok\n", b'"', b"source,class,status\n" + b"a," * 9000, b'42\n[1]\n{"source": ["a"]}\n{}\n', "嘴,".encode("utf-16")])
@@ -383,6 +420,84 @@ def test_any_bytes_are_a_photo_or_an_oserror(small, which, length, more):
         assert read_photo(small[which % len(small)][:length] + more).shape[2] == 3
     except OSError:
         pass
+
+
+# --- models; more of them in test_net.py
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.json"])
+def test_of_large_files_that_claim_to_be_models_little_is_read(tmp_path, name):
+    from net import load_model, save_model, simpleconv3
+
+    save_model(simpleconv3(4), tmp_path / "model.pt")
+    os.truncate(tmp_path / name, 200_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"{name}: .*larger than"):
+            load_model(tmp_path / "model.pt")
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_archives_whose_entries_share_their_bytes_are_refused(tmp_path):
+    """Nothing is compressed there, and yet it holds a hundred times what it takes."""
+    from net import load_model, save_model, simpleconv3
+
+    save_model(simpleconv3(4), tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt", "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for i in range(100):
+            twin = copy.copy(largest)
+            twin.filename = twin.orig_filename = f"{largest.filename}{i}"
+            archive.filelist.append(twin)
+        archive._didModify = True
+    with pytest.raises(ValueError, match="a compressed archive"):
+        load_model(tmp_path / "model.pt")
+
+
+class Code:
+    """Pickles as a call that makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_says(mouths, tmp_path, monkeypatch):
+    import torch
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(mouths / "data")
+    args, elsewhere = ["--device", "cpu", "--batch-size", "16"], tmp_path / "elsewhere"
+    train.main([*args, "--epochs", "1"])
+    checkpoint = tmp_path / "models" / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    settings = state["args"] | dict.fromkeys(("data", "logs", "models"), str(elsewhere))
+    torch.save(state | {"log_dir": str(elsewhere / "log"), "args": settings}, checkpoint)
+    train.main([*args, "--resume", "--epochs", "2"])
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2 and not elsewhere.exists()
+    for content in (state | {"classes": ["a\x1b[2J", "b"]}, state | {"more": Code(elsewhere)}, {}, [1], b"", checkpoint.read_bytes()[:-1000]):
+        checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
+        with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: damaged \(\w+\); start again without --resume$"):
+            train.main([*args, "--resume"])
+    assert not elsewhere.exists()
+
+
+@posix
+def test_class_folders_that_a_model_could_not_name_end_training_before_it_begins(mouths, tmp_path):
+    import train
+
+    for part in ("train", "val"):
+        for label, name in (("bright", "bright"), ("dark", "dark\x1b[2J")):
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / part / name).symlink_to(mouths / "data" / part / label)
+    with pytest.raises(SystemExit, match=r"^error: class 1 is 'dark\\x1b\[2J'"):
+        train.main(["--data", str(tmp_path), "--models", str(tmp_path / "models"), "--logs", str(tmp_path / "logs"), "--epochs", "1"])
+    assert not (tmp_path / "logs").exists()
 
 
 # --- kills
@@ -570,33 +685,102 @@ def test_workers_end_with_a_killed_parent(photos, tmp_path):
 
 
 def test_leftovers_of_killed_runs_are_swept_and_files_of_others_are_not(photos, tmp_path):
+    import net
     import split_train_val
 
-    crops, data = tmp_path / "crops", tmp_path / "data"
-    left = [folder / ".0123456789abcdef.tmp" for folder in (crops, crops / "0none", data, data / "train" / "0none", data / "val" / "gone")]
-    mine = [crops / ".mine.tmp", crops / "0none" / "x.tmp", data / "train" / "0none" / ".0.tmp"]
+    crops, data, models = tmp_path / "crops", tmp_path / "data", tmp_path / "models"
+    left = [folder / ".0123456789abcdef.tmp" for folder in (crops, crops / "0none", data, data / "train" / "0none", data / "val" / "gone", models)]
+    mine = [crops / ".mine.tmp", crops / "0none" / "x.tmp", data / "train" / "0none" / ".0.tmp", models / ".mine.tmp"]
     for path in left + mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
     preprocess_lips.main([str(photos), str(crops), "--workers", "1"])
     split_train_val.main([str(crops), str(data)])
+    with net.locked(models):  # as every training does
+        pass
     assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    write_file(tmp_path / "x", b"old")
-    flushed = []
-    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_size))
-    write_file(tmp_path / "x", b"newer")
-    assert flushed == [5]  # whole, before the rename
+def write_atomically(path, data):
+    from net import atomic_write
+
+    atomic_write(path, lambda file: file.write(data))
+
+
+@pytest.mark.parametrize("write", [write_file, write_atomically])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, write):
+    path, flushed = tmp_path / "x", []
+    write(path, b"old")
+
+    def fsync(handle):
+        about = os.fstat(handle)
+        flushed.append((about.st_size if stat.S_ISREG(about.st_mode) else "folder", path.read_bytes()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(path, b"newer")
+    assert flushed[0] == (5, b"old")  # whole, before the rename
+    assert flushed[1:] == ([("folder", b"newer")] if write != write_file and os.name == "posix" else [])  # of crops, a folder at a time: below
 
     def fail(handle):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match=r"x: cannot be written \(No space left on device\)"):
-        write_file(tmp_path / "x", b"never")
-    assert (tmp_path / "x").read_bytes() == b"newer" and len(list(tmp_path.iterdir())) == 1
+        write(path, b"never")
+    assert path.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [path]
+
+
+WITNESS = """
+import json, os, sys
+log, journal = os.open(os.environ["WITNESS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.environ["JOURNAL"]
+fsync, sync = os.fsync, os.sync
+def note(*event):
+    os.write(log, (json.dumps([*event, open(journal).read() if os.path.exists(journal) else ""]) + "\\n").encode())
+def flush(handle):
+    fsync(handle)
+    note("flush", os.readlink(f"/proc/self/fd/{handle}"))
+def flush_all():
+    sync()
+    note("flush", "all")
+def rename(event, args):
+    if event == "os.rename":
+        note(str(args[0]), str(args[1]))
+os.fsync, os.sync = flush, flush_all
+sys.addaudithook(rename)
+"""
+
+
+@linux
+def test_what_is_flushed_when_the_power_goes_is_what_names_and_records_speak_of(photos, tmp_path, shell):
+    """Contents before names, names before the journal and the manifest, all of a split before its record."""
+    crops, data = tmp_path / "crops", tmp_path / "data"
+    (tmp_path / "witness").mkdir()
+    (tmp_path / "witness" / "sitecustomize.py").write_text(WITNESS)
+
+    def seen(script, *args):
+        """What was renamed and flushed, in order: (old name or "flush", new name or what, the journal's text at that moment)."""
+        shell(script, *args, env={"PYTHONPATH": str(tmp_path / "witness"), "WITNESS": str(tmp_path / script), "JOURNAL": str(crops / "manifest.csv.part0")})
+        events = [json.loads(line) for line in (tmp_path / script).read_text().splitlines()]
+
+        def renamed(path):
+            """Where in the order a file got its name, after its content was flushed, and where its folder was flushed."""
+            at = max(i for i, (_, name, _) in enumerate(events) if name == str(path))
+            assert ["flush", events[at][0]] in [event[:2] for event in events[:at]]
+            return at, next(i for i in range(at, len(events)) if events[i][:2] == ["flush", str(path.parent)])
+
+        return events, renamed
+
+    events, renamed = seen("preprocess_lips.py", photos, crops, "--workers", 1)
+    made = list(crops.glob("*/*.jpg"))
+    for crop in made:
+        _, flushed = renamed(crop)
+        assert crop.name not in events[flushed][2]
+    _, flushed = renamed(crops / "manifest.csv")
+    assert all(crop.name in events[flushed][2] for crop in made) and len(made) == 24
+    events, renamed = seen("split_train_val.py", crops, data)
+    record, _ = renamed(data / "split.csv")
+    placed = [i for i, (_, name, _) in enumerate(events) if name.endswith(".jpg")]
+    assert len(placed) == 24 and any(events[i][:2] == ["flush", "all"] for i in range(max(placed), record))
 
 
 # --- disks
@@ -708,6 +892,7 @@ def test_a_second_run_on_the_same_folder_ends_with_one_line(mouths, photos, tmp_
     args = {"preprocess_lips.py": (photos, "crops"), "split_train_val.py": ("crops", "data"),
             "train.py": ("--data", mouths / "data", "--models", "models", "--device", "cpu", "--epochs", 1)}[script]
     with locked(tmp_path / folder / ".lock"):
+        (tmp_path / folder / ".0123456789abcdef.tmp").touch()  # the first run is writing that
         before = set((tmp_path / folder).rglob("*"))
         one_line(shell(script, *args, check=1), folder, "another run is at work there")
         assert set((tmp_path / folder).rglob("*")) == before
