@@ -219,13 +219,13 @@ def bind():
 def permitted(tmp_path):
     """Runs a script, whom permissions bind even where the tests are run by root, and without a home."""
 
-    def run(script, *args):
+    def run(script, *args, check=0):
         try:
             done = subprocess.run(command(script, *args), cwd=tmp_path, env=os.environ | {"HOME": "/nonexistent"}, preexec_fn=bind, capture_output=True, text=True)
         except subprocess.SubprocessError:
             pytest.skip("permissions do not bind this user")
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == check, done.stdout + done.stderr
+        return done
 
     yield run
     for place in tmp_path.rglob("*"):
@@ -246,7 +246,7 @@ def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(permitted, tmp
     permitted("preprocess_lips.py", "photos", "crops")
     assert {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()} == {
         "a/closed folder": "unreadable", "a/closed.png": "unreadable", "a/open.png": "ok"}
-    assert "0 new photos" in permitted("preprocess_lips.py", "photos", "crops")
+    assert "0 new photos" in permitted("preprocess_lips.py", "photos", "crops").stdout
     for path in closed:
         path.chmod(0o700)
     permitted("preprocess_lips.py", "photos", "crops")
@@ -772,11 +772,11 @@ def test_what_is_flushed_when_the_power_goes_is_what_names_and_records_speak_of(
 
     events, renamed = seen("preprocess_lips.py", photos, crops, "--workers", 1)
     made = list(crops.glob("*/*.jpg"))
+    manifest, after = renamed(crops / "manifest.csv")
     for crop in made:
         _, flushed = renamed(crop)
-        assert crop.name not in events[flushed][2]
-    _, flushed = renamed(crops / "manifest.csv")
-    assert all(crop.name in events[flushed][2] for crop in made) and len(made) == 24
+        assert crop.name not in events[flushed][2] and flushed < manifest and crop.name in events[after][2]
+    assert len(made) == 24
     events, renamed = seen("split_train_val.py", crops, data)
     record, _ = renamed(data / "split.csv")
     placed = [i for i, (_, name, _) in enumerate(events) if name.endswith(".jpg")]
@@ -863,6 +863,19 @@ def test_a_read_only_disk_ends_preprocessing_and_split_with_one_line(photos, dis
     assert files_in(crops, data) == before
 
 
+@posix
+def test_folders_that_may_not_be_written_are_one_line(permitted, photos, tmp_path):
+    (tmp_path / "crops").mkdir()
+    (tmp_path / "crops" / "0none").touch()
+    one_line(permitted("preprocess_lips.py", photos, "crops", check=1), "0none_", ".jpg: cannot be written (")
+    (tmp_path / "crops" / "0none").unlink()
+    permitted("preprocess_lips.py", photos, "crops")
+    permitted("split_train_val.py", "crops", "data")
+    for folder in (tmp_path / "data").glob("*/*"):
+        folder.chmod(0o555)
+    one_line(permitted("split_train_val.py", "crops", "data", "--seed", 1, check=1), ".jpg: cannot be written (Permission denied); the same command goes on")
+
+
 def test_training_on_a_full_or_read_only_disk_keeps_the_old_model(mouths, disk, shell):
     import train
 
@@ -881,6 +894,17 @@ def test_training_on_a_full_or_read_only_disk_keeps_the_old_model(mouths, disk, 
     with pytest.raises(SystemExit, match=r"^error: .*models/.lock: cannot be written \(Read-only file system\)[^\n]*$"):
         train.main([*args, "--epochs", "2"])
     assert files_in(folder / "models") == before
+
+
+def test_training_is_saved_although_the_disk_of_the_curves_is_full(mouths, disk, tmp_path, monkeypatch):
+    import torch
+    import train
+
+    logs = disk(600) / "logs"  # room for the beginning
+    monkeypatch.setattr(train, "SAVE_SECONDS", float("inf"))
+    with pytest.raises(SystemExit, match=r"logs: cannot be written \(No space left on device\)"):
+        train.main(["--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", "--models", str(tmp_path / "models"), "--logs", str(logs), "--epochs", "10"])
+    assert torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["epoch"] >= 1 and (tmp_path / "models" / "model.pt").exists()
 
 
 # --- two at once
