@@ -148,9 +148,9 @@ REAL_WORK, REAL_DECODE = preprocess_lips._work, preprocess_lips._decode
 
 
 def decode(source, least=None):
-    """As `_decode`, but two photos keep the decoder from ever letting Python in, or make it ask for all the memory there may be."""
+    """As `_decode`, but one photo does not let Python in for a long time, and one makes it ask for all the memory there may be."""
     if source.endswith(b"for ever"):
-        re.match(r"(a+)+$", "a" * 30 + "b")  # about a minute
+        re.match(r"(a+)+$", "a" * 29 + "b")  # 20 seconds, ten times what is allowed below: a test that fails is better than one that hangs
     if source.endswith(b"too much"):
         np.empty(MAX_MEMORY, np.uint8)
     return REAL_DECODE(source, least)
