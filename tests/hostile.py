@@ -211,6 +211,7 @@ def make(folder, face):
         "no pixels.ppm": (b"P6 0 0 255\n", bad), "no width.pgm": (b"P5 0 5 255\n", bad),
         "nan.tif": (encode(Image.fromarray(np.full((100, 100), np.nan, np.float32)), "TIFF", mode="F"), {"no_face"}),
         "infinite.tif": (encode(Image.fromarray(np.full((100, 100), np.inf, np.float32)), "TIFF", mode="F"), {"no_face"}),
+        "infinitely far apart.tif": (encode(Image.fromarray(np.repeat(np.array([-np.inf, np.inf], np.float32), 5000).reshape(100, 100)), "TIFF", mode="F"), {"no_face"}),
     }
     names = ["with spaces  two.jpg", "-rf.jpg", "--help.jpg", "=1+1.jpg", "+1.jpg", "@SUM(A1).jpg", "'quoted'.jpg", "a,b;c\"d.jpg", "嘴唇.jpg", "😀.jpg",
              "e\u0301 and \u202egpj.jpg", "x" * 251 + ".jpg", "%s %n {0}.jpg", "$(reboot).jpg"]

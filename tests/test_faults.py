@@ -4,6 +4,7 @@ import copy
 import csv
 import ctypes
 import faulthandler
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -89,7 +91,8 @@ def test_hostile_photos_each_get_their_status_and_no_more_memory_than_allowed(tm
 
 @posix
 @pytest.mark.parametrize("what, why", [("pipe.jpg", "not a regular file"), ("device.jpg", "not a regular file"), ("ten gigabytes.jpg", "larger than 480 MB"),
-                                       ("bomb that keeps its word.png", "11504 x 11504 pixels"), ("bomb under Pillow's limit.png", "13000 x 13000 pixels")])
+                                       ("bomb that keeps its word.png", "11504 x 11504 pixels"), ("bomb under Pillow's limit.png", "13000 x 13000 pixels"),
+                                       ("page.jpg", "no image, or of a kind that Pillow does not know")])
 def test_readers_of_single_photos_refuse_them_too(corpus, cropper, what, why):
     path = corpus[0] / what
     if what == "pipe.jpg":  # whoever opens it reads nothing, instead of waiting for ever
@@ -97,6 +100,12 @@ def test_readers_of_single_photos_refuse_them_too(corpus, cropper, what, why):
     for read in (read_photo, cropper.find):
         with pytest.raises(OSError, match=why):
             read(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["nan.tif", "infinite.tif", "infinitely far apart.tif"])
+def test_levels_that_are_no_numbers_become_levels(corpus, name):
+    assert read_photo(corpus[0] / name).shape == (100, 100, 3)
 
 
 @linux
@@ -148,24 +157,36 @@ REAL_WORK, REAL_DECODE = preprocess_lips._work, preprocess_lips._decode
 
 
 def decode(source, least=None):
-    """As `_decode`, but one photo does not let Python in for a long time, and one makes it ask for all the memory there may be."""
+    """As `_decode`, but one photo does not let Python in for a long time, and two make it ask for all the memory there may be."""
     if source.endswith(b"for ever"):
         re.match(r"(a+)+$", "a" * 29 + "b")  # 20 seconds, ten times what is allowed below: a test that fails is better than one that hangs
     if source.endswith(b"too much"):
         np.empty(MAX_MEMORY, np.uint8)
+    if source.endswith(b"too much for OpenCV"):
+        cv2.resize(np.zeros((1, 1), np.uint8), (30_000, MAX_MEMORY // 30_000))
     return REAL_DECODE(source, least)
 
 
+def write_slowly(path, data):
+    if path.name == os.environ["SLOW_CROP"]:
+        time.sleep(4)
+    write_file(path, data)
+
+
 def work(tasks):
-    preprocess_lips._decode = decode
+    preprocess_lips._decode, preprocess_lips.write_file = decode, write_slowly
     return REAL_WORK(tasks)
 
 
 def test_photos_that_take_for_ever_or_too_much_memory_cost_only_themselves(photos, tmp_path, monkeypatch):
-    bad = {"0none/s02_2.png": b"for ever"} | ({"2smile/s05_1.png": b"too much"} if sys.platform == "linux" else {})
+    bad = {"0none/s02_2.png": b"for ever"}
+    if sys.platform == "linux":
+        bad |= {"2smile/s05_1.png": b"too much", "2smile/s05_2.png": b"too much for OpenCV"}
     for name, more in bad.items():
         with open(photos / name, "ab") as file:
             file.write(more)
+    slow = hashlib.sha1((photos / "0none" / "s01_1.png").read_bytes()).hexdigest()
+    monkeypatch.setenv("SLOW_CROP", crop_name("0none", slow))  # the disk may take longer than photos may
     monkeypatch.setattr(preprocess_lips, "_work", work)
     monkeypatch.setattr(preprocess_lips, "MAX_SECONDS", 2)
     rows, new = preprocess(photos, tmp_path / "crops", 2)
@@ -422,7 +443,7 @@ def test_any_bytes_are_a_photo_or_an_oserror(small, which, length, more):
         pass
 
 
-# --- models; more of them in test_net.py
+# --- models; more in test_net.py and test_train.py
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.json"])
@@ -456,6 +477,25 @@ def test_archives_whose_entries_share_their_bytes_are_refused(tmp_path):
         load_model(tmp_path / "model.pt")
 
 
+def test_endless_names_in_a_model_do_not_fill_the_screen(tmp_path):
+    import torch
+    from net import load_model, simpleconv3
+
+    torch.save(simpleconv3(4).state_dict() | {"x" * 1_000_000: torch.zeros(1)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="not a state dict of simpleconv3") as error:
+        load_model(tmp_path / "model.pt")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("views", [[], 9 * [48]])
+def test_a_model_that_asks_for_no_view_or_for_many_is_refused(tmp_path, views):
+    from net import load_model, save_model, simpleconv3
+
+    save_model(simpleconv3(4), tmp_path / "model.pt", views=views)
+    with pytest.raises(ValueError, match="model.json: .*views must be"):
+        load_model(tmp_path / "model.pt")
+
+
 class Code:
     """Pickles as a call that makes a folder."""
 
@@ -477,12 +517,12 @@ def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_say
     checkpoint = tmp_path / "models" / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
     settings = state["args"] | dict.fromkeys(("data", "logs", "models"), str(elsewhere))
-    torch.save(state | {"log_dir": str(elsewhere / "log"), "args": settings}, checkpoint)
+    torch.save(state | {"args": settings}, checkpoint)
     train.main([*args, "--resume", "--epochs", "2"])
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 2 and not elsewhere.exists()
-    for content in (state | {"classes": ["a\x1b[2J", "b"]}, state | {"more": Code(elsewhere)}, {}, [1], b"", checkpoint.read_bytes()[:-1000]):
+    for content in (state | {"classes": ["a\x1b[2J", "b"]}, state | {"more": Code(elsewhere)}, {key: state[key] for key in state if key != "net"}, [1], b"", checkpoint.read_bytes()[:-1000]):
         checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
-        with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: damaged \(\w+\); start again without --resume$"):
+        with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: damaged \([^\n]+\); start again without --resume$"):
             train.main([*args, "--resume"])
     assert not elsewhere.exists()
 
@@ -498,6 +538,34 @@ def test_class_folders_that_a_model_could_not_name_end_training_before_it_begins
     with pytest.raises(SystemExit, match=r"^error: class 1 is 'dark\\x1b\[2J'"):
         train.main(["--data", str(tmp_path), "--models", str(tmp_path / "models"), "--logs", str(tmp_path / "logs"), "--epochs", "1"])
     assert not (tmp_path / "logs").exists()
+
+
+@posix
+def test_names_of_classes_and_images_steer_no_terminal_in_training(mouths, tmp_path, capsys):
+    import train
+
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        for label, name in (("bright", "bright"), ("dark", "dark\u202e")):
+            shutil.copytree(mouths / "data" / part / label, data / part / name)
+    args = ["--data", str(data), "--models", str(tmp_path / "models"), "--logs", str(tmp_path / "logs"), "--device", "cpu", "--epochs", "1"]
+    train.main(args)
+    out = capsys.readouterr().out
+    assert r"dark\u202e" in out and all(line.isprintable() for line in out.splitlines())
+    (data / "train" / "bright" / "\x1b[2J.png").touch()
+    with pytest.raises(SystemExit) as error:
+        train.main(args)
+    assert r"\x1b[2J.png: not a readable image" in error.value.code and error.value.code.isprintable()
+
+
+def test_names_that_cannot_be_drawn_or_encoded_have_a_place_in_pictures_and_pages():
+    import torch
+    from predict import Card, gallery
+    from train import draw_matrix
+
+    matrix = torch.ones(2, 2)
+    assert np.array_equal(draw_matrix(matrix, ("a", "\u7b11")), draw_matrix(matrix, ("a", "class 1")))
+    assert b"bad ?.jpg" in gallery([Card(Path("bad \udcff.jpg"), None, [], "unreadable")], ("a",)).encode()
 
 
 # --- kills
@@ -588,7 +656,7 @@ def test_a_split_killed_anywhere_is_finished_by_the_next(tmp_path, killed, n):
         for i in range(count):
             (crops / label / f"{label}{i}.jpg").write_bytes(os.urandom(20_000))
     whole = {path.read_bytes() for path in crops.glob("*/*")}
-    rng, hits = random.Random(n), 0
+    rng, hits, placed = random.Random(n), 0, set()
     import split_train_val
 
     for seed in range(2):
@@ -599,11 +667,12 @@ def test_a_split_killed_anywhere_is_finished_by_the_next(tmp_path, killed, n):
         run = command("split_train_val.py", crops, data, "--seed", seed)
         hits += killed(run, touches=rng.randrange(120)) if i % 3 else killed(run, seconds=rng.uniform(0.3, 0.9))
         parts = {part: {path.name for path in (data / part).glob("*/*.jpg")} for part in ("train", "val")}
-        assert not parts["train"] & parts["val"]  # at no moment is a crop on both sides
+        assert not parts["train"] & parts["val"] and placed <= parts["train"] | parts["val"]  # at no moment is a crop on both sides, or again on none
         assert {path.read_bytes() for part in parts for path in (data / part).glob("*/*.jpg")} <= whole
         if i % 2 or hits == n:
             assert not killed(run)
             assert {path.relative_to(data): content for path, content in files_in(data).items()} == reference[seed]
+            placed = {path.name for path in crops.glob("*/*")}
         if hits == n:
             break
     print(f"{n} kills in {i + 1} runs; the others had ended")
@@ -843,7 +912,8 @@ def test_a_full_disk_ends_preprocessing_and_split_with_one_line_and_loses_nothin
     fill(folder, 24)
     one_line(shell("split_train_val.py", crops, data, "--seed", 5, check=1), "cannot be written", "No space left")
     inside = {path.name: content for path, content in files_in(data).items() if path.suffix == ".jpg"}
-    assert all(inside[path.name] == content for path, content in before.items() if path.suffix == ".jpg")  # some changed sides, none is gone
+    assert {path.name for path in before if path.suffix == ".jpg"} <= set(inside)  # some changed sides, none is gone
+    assert inside.items() <= {path.name: path.read_bytes() for path in crops.glob("*/*.jpg")}.items()  # and none is cut short
     (folder / "ballast").unlink()
     shell("split_train_val.py", crops, data, "--seed", 5)
     assert len(list(data.glob("*/*/*.jpg"))) == 44

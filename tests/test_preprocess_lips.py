@@ -225,22 +225,24 @@ def test_a_conflict_is_solved_by_removing_one_copy(photos, tmp_path):
 def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, capsys):
     import preprocess_lips
 
-    crops, real = tmp_path / "crops", preprocess_lips.run_parallel
+    crops, real, kept = tmp_path / "crops", preprocess_lips.run_parallel, []
 
     def stop_after_five(tasks, workers):
         for i, rows in enumerate(real(tasks, workers, chunk=1)):
             if i == 5:
+                kept.append((crops / "manifest.csv.part0").read_text().count("sha1"))  # a kill would leave that much
                 raise KeyboardInterrupt
             yield rows
 
     monkeypatch.setattr(preprocess_lips, "run_parallel", stop_after_five)
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        main([str(photos), str(crops)])
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="the same command goes on"):
+            main([str(photos), str(crops)])
+        with open(crops / "manifest.csv.part0", "a") as journal:
+            journal.write('{"source": "0none/s01')  # a line that a kill cut short
     monkeypatch.undo()
-    with open(crops / "manifest.csv.part0", "a") as journal:
-        journal.write('{"source": "0none/s01')  # a line that a kill cut short
     main([str(photos), str(crops)])
-    assert "19 new photos" in capsys.readouterr().out and len(rows_of(crops)) == 24
+    assert kept == [5, 10] and "14 new photos" in capsys.readouterr().out and len(rows_of(crops)) == 24
 
 
 def test_processes_of_one_job_share_the_photos_and_merge_their_manifests(photos, tmp_path, shell):
