@@ -239,8 +239,7 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
         box = (max(left, 0), max(top, 0), min(right, photo.width - 1), min(bottom, photo.height - 1))
         draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=line + 2)
         draw.rectangle(box, outline="yellow", width=line)
-        font, name = label_font(classes[row.argmax()], size)
-        text = f"{name} {row.max():.0%}"
+        font, text = label_font(f"{classes[row.argmax()]} {row.max():.0%}", size)
         width, height = draw.textbbox((0, 0), text, font)[2:]
         x = min(max(box[0], 0), max(0, photo.width - width - 8))
         y = box[1] - height - 8 if box[1] > height + 8 else min(box[3], photo.height - height - 8)
@@ -349,6 +348,11 @@ def run_evaluation(folder, model, crops):
         the photos whose folder the model contradicts, most confident first: wrong labels are among them.
     against : list of (float, Result, str, str)
         The same, as probability, result, folder and label.
+
+    Raises
+    ------
+    ValueError
+        A folder is none of the model's classes, or no photo has a face.
     """
     files = list_inputs([folder])
     unknown = sorted({path.parts[0] for _, path in files} - set(model.classes))
@@ -365,6 +369,8 @@ def run_evaluation(folder, model, crops):
             pairs.append((truth, guess))
             if truth != guess:
                 against.append((float(row[guess]), result, model.classes[truth], model.classes[guess]))
+    if not pairs:
+        raise ValueError(f"{folder}: no face in any of {len(files)} photos" + ("" if crops else "; if they are mouth crops, add --crops"))
     against.sort(key=lambda one: -one[0])
     scores = evaluate(pairs, model.classes) | {"skipped": skipped, "contradicted": [
         {"source": str(result.source), "folder": truth, "label": guess, "probability": round(p, 4)} for p, result, truth, guess in against]}
@@ -380,7 +386,7 @@ def contradictions_sheet(against, side=150, columns=6, most=48):
     for i, (p, result, truth, guess) in enumerate(against):
         x, y = i % columns * side, i // columns * (side + 40)
         sheet.paste(Image.fromarray(result.faces[0].crop).resize((side - 4, side - 4)), (x + 2, y + 2))
-        for line, text in enumerate((f"in {truth}", f"not {guess} {p:.0%}?")):
+        for line, text in enumerate((f"filed as {truth}", f"looks {guess} {p:.0%}")):
             font, text = label_font(text, 13)
             draw.text((x + 4, y + side + 18 * line), text, "black" if line == 0 else "firebrick", font)
     return sheet

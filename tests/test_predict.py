@@ -123,6 +123,9 @@ def test_errors_name_the_way_out(inside, model, photos, tmp_path):
     assert "no such model; 'python train.py' makes one" in inside("predict.py", "x.jpg", "--model", "no.pt", check=1).stderr
     (tmp_path / "empty").mkdir()
     assert "empty: no photos or videos in this folder" in inside("predict.py", "empty", check=1).stderr
+    (tmp_path / "crops" / "0none").mkdir(parents=True)
+    Image.new("RGB", (128, 128), "green").save(tmp_path / "crops" / "0none" / "meadow.jpg")
+    assert "no face in any of 1 photos; if they are mouth crops, add --crops" in inside("predict.py", "--evaluate", "crops", check=1).stderr
     (photos / "9other").mkdir()
     (photos / "2smile" / "s05_1.png").rename(photos / "9other" / "s05_1.png")
     assert "9other, which is none of the model's classes" in inside("predict.py", "--evaluate", "data/raw", check=1).stderr
