@@ -779,7 +779,7 @@ def train(args):
     if rank == 0:
         print(f"{sizes['train']:,} training and {sizes['val']:,} validation images of {len(classes)} classes "
               f"({printable(', '.join(classes))}) in {time.perf_counter() - start:.1f} s; on {device}"
-              + (f", {world} processes" if world > 1 else "") + (f"; resuming after epoch {run.epoch}" if resumed else ""))
+              + (f", {world} processes" if world > 1 else "") + (f"; resuming after epoch {run.epoch}" if resumed else ""), flush=True)
         sample = augment(images[evenly(len(images), 64).to(device)], torch.Generator(device).manual_seed(0), args)
         log = Curves(run, net, sample, val_images, val_labels)
     bar = tqdm(range(run.epoch + 1, args.epochs + 1), initial=run.epoch, total=args.epochs, unit="epoch", disable=None if rank == 0 else True)
@@ -813,6 +813,7 @@ def train(args):
                     f"epoch {epoch:3}/{args.epochs}  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
                     f" {train_n / (times[1] - times[0]):7,.0f}/s  val loss {scores['val_loss']:.4f}"
                     f" acc {scores['val_acc']:7.2%} {val_n / (times[2] - times[1]):7,.0f}/s{'  best' if better else ''}", file=sys.stdout)
+                sys.stdout.flush()  # into a file or a pipe, too, as they come
                 log.epoch(scores, matrix, logits, judged)
     finally:
         bar.close()
@@ -886,13 +887,17 @@ def parse_args(argv=None):
 def main(argv=None):
     # TensorBoard's thread hands its errors on; they need not be shown twice
     threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
+    args = None
     try:
         args = parse_args(argv)
         # the ranks of a job are one run: the first holds the folder for all
         with locked(args.models) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
             run = train(args)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: all finished epochs are saved; 'python train.py --resume' goes on")
+        places = [word for flag in ("data", "logs", "models") if args and getattr(args, flag) != Path(flag)
+                  for word in (f"--{flag}", str(getattr(args, flag)))]
+        again = printable(shlex.join(["python", "train.py", "--resume", *places]))
+        sys.exit(f"\ninterrupted: all finished epochs are saved; '{again}' goes on")
     except (OSError, ValueError) as error:
         if getattr(error, "strerror", None) and not error.filename:  # from TensorBoard, which names no file
             error = f"{args.logs}: cannot be written ({error.strerror}); mend that and go on with --resume"
