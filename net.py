@@ -507,7 +507,7 @@ def main(argv=None):
         if args.export:
             export_onnx(net, args.export)
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(f"input: N x 3 x {CROP_SIZE} x {CROP_SIZE}, RGB, (x / 255 - {MEAN}) / {STD}")
     print(*layer_table(net), sep="\n")
     print("classes:", printable(", ".join(net.classes)))
@@ -515,7 +515,7 @@ def main(argv=None):
         if key not in {"classes", "input_size", "mean", "std", "channels"}:
             print(printable(f"{key}: {json.dumps(value, ensure_ascii=False)}"))
     if args.export:
-        print(f"exported: {args.export}")
+        print("exported:", printable(str(args.export)))
 
 
 if __name__ == "__main__":

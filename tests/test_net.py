@@ -223,6 +223,7 @@ def test_command_line_shows_layers_and_parameters(inside, tmp_path):
     out = inside("net.py", "two.pt").stdout
     assert "fc3" in out and "1,608,722" in out and "classes: 0, 1" in out
     assert "error: none.pt: no such model" in inside("net.py", "none.pt", check=1).stderr
+    assert "\x1b" not in inside("net.py", "\x1b[2J.pt", check=1).stderr
 
 
 def test_nothing_in_a_model_steers_the_terminal(inside, tmp_path):
