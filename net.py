@@ -336,6 +336,11 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
+def reason(error):
+    """What an error of any kind says, in one printable line of at most 200 characters, or its name where it says nothing."""
+    return printable(" ".join(str(error).split()))[:200] or type(error).__name__
+
+
 def check_classes(names):
     """Raise a ValueError that names the first of the class names that no folder can have, or that there is twice."""
     for i, name in enumerate(names):
@@ -466,8 +471,7 @@ def load_model(path, device="cpu"):
             if not value.isfinite().all() or key.endswith("running_var") and (value < 0).any():
                 raise ValueError(f"{key} holds what is no weight: not finite, or a negative variance")
     except Exception as error:  # torch.load raises almost anything on a file that it did not write
-        reason = printable(" ".join(str(error).split()))[:200] or type(error).__name__
-        raise ValueError(f"{path}: not a state dict of simpleconv3 ({reason}); 'python train.py' makes one") from None
+        raise ValueError(f"{path}: not a state dict of simpleconv3 ({reason(error)}); 'python train.py' makes one") from None
     beside = path.with_suffix(".json")
     if beside != path and beside.exists():
         net.about = read_about(beside, len(net.classes))

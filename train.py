@@ -16,7 +16,6 @@ import contextlib
 import copy
 import hashlib
 import itertools
-import json
 import math
 import os
 import shlex
@@ -42,7 +41,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from net import (
-    CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, read_saved,
+    CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, read_saved, reason,
     save_model, simpleconv3, square)
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
@@ -713,8 +712,7 @@ def read_checkpoint(path):
             raise ValueError("its curves were in no folder of their own")
         return state
     except Exception as error:  # torch.load raises almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path}: damaged ({reason}); start again without --resume") from None
+        raise ValueError(f"{path}: damaged ({reason(error)}); start again without --resume") from None
 
 
 @contextlib.contextmanager
