@@ -105,6 +105,12 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def png(width, height, *between, bits=8, colour=2, lines=b""):
+    """A PNG that declares so many pixels, whatever its lines hold."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)) + b"".join(between) + \
+        chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
 def with_checksums(png):
     """A PNG with its chunks' checksums made true, as far as it has chunks."""
     out, at = png[:8], 8
@@ -142,18 +148,15 @@ def bombs(side=50_000):
              (324, 4, 1, 200), (325, 4, 1, 100)]
     tiled = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tiles)) + b"".join(struct.pack("<HHII", *tag) for tag in tiles) + bytes(300)
 
-    def png(width, height, *between, bits=8, colour=2, lines=lines):
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)) + b"".join(between) + \
-            chunk(b"IDAT", lines) + chunk(b"IEND", b"")
-
     honest = zlib.compress(bytes((11_504 // 8 + 1) * 11_504))
     return {
-        "bomb.png": png(side, side), "bomb that keeps its word.png": png(11_504, 11_504, bits=1, colour=0, lines=honest), "bomb under Pillow's limit.png": png(13_000, 13_000), "bomb.jpg": bytes(jpeg), "bomb progressive.jpg": bytes(progressive), "bomb.gif": bytes(gif), "bomb.bmp": bytes(bmp),
+        "bomb.png": png(side, side, lines=lines), "bomb that keeps its word.png": png(11_504, 11_504, bits=1, colour=0, lines=honest),
+        "bomb under Pillow's limit.png": png(13_000, 13_000, lines=lines), "bomb.jpg": bytes(jpeg), "bomb progressive.jpg": bytes(progressive), "bomb.gif": bytes(gif), "bomb.bmp": bytes(bmp),
         "bomb.sgi": bytes(sgi), "bomb canvas.webp": b"RIFF" + struct.pack("<I", 4 + len(vp8x) + len(vp8l)) + b"WEBP" + vp8x + vp8l,
         "bomb.webp": b"RIFF" + struct.pack("<I", 4 + len(vp8l)) + b"WEBP" + vp8l, "bomb.tif": tiff, "bomb tiles.tif": tiled,
         "bomb.ppm": b"P6 %d %d 255\n" % (side, side) + bytes(1000), "bomb.pcx": encode(small, "PCX")[:8] + struct.pack("<HH", side, side) + encode(small, "PCX")[12:],
-        "bomb text.png": png(64, 64, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(200_000_000)))),
-        "bomb profile.png": png(64, 64, chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(200_000_000)))),
+        "bomb text.png": png(64, 64, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(200_000_000))), lines=lines),
+        "bomb profile.png": png(64, 64, chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(200_000_000))), lines=lines),
     }
 
 

@@ -1,9 +1,9 @@
 """What a run leaves for TensorBoard, read back."""
 
-import time
 import io
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import zipfile
@@ -116,11 +115,6 @@ def data(mouths, tmp_path):
     return tmp_path / "data"
 
 
-def declares(width, height):
-    """A PNG of a few bytes that says it has so many pixels."""
-    return b"\x89PNG\r\n\x1a\n" + hostile.chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)) + hostile.chunk(b"IDAT", b"") + hostile.chunk(b"IEND", b"")
-
-
 def sparse(path):
     with open(path, "wb") as file:
         file.write(hostile.encode(Image.new("RGB", (8, 8)), "PNG"))
@@ -129,9 +123,9 @@ def sparse(path):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX files")
 @pytest.mark.parametrize("make, why", [
-    (lambda path: path.write_bytes(declares(50_000, 50_000)), "2500000000 pixels"),
-    (lambda path: path.write_bytes(declares(12_000, 12_000)), "12000 x 12000 pixels, of which 8192 are read"),
-    (lambda path: path.write_bytes(declares(100_000, 1)), "100000 x 1 pixels"), (lambda path: path.write_bytes(declares(1, 100_000)), "1 x 100000 pixels"),
+    (lambda path: path.write_bytes(hostile.png(50_000, 50_000)), "2500000000 pixels"),
+    (lambda path: path.write_bytes(hostile.png(12_000, 12_000)), "12000 x 12000 pixels, of which 8192 are read"),
+    (lambda path: path.write_bytes(hostile.png(100_000, 1)), "100000 x 1 pixels"), (lambda path: path.write_bytes(hostile.png(1, 100_000)), "1 x 100000 pixels"),
     (sparse, "no regular file of up to 256 MiB"), (os.mkfifo, "no regular file"), (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
     (lambda path: path.write_bytes(hostile.GHOSTSCRIPT), "EPS is not read"), (lambda path: path.symlink_to("gone"), "No such file"),
 ], ids=["bomb", "large", "wide", "tall", "ten gigabytes", "pipe", "device", "program", "broken link"])
@@ -337,7 +331,7 @@ def test_ctrl_c_saves_all_finished_epochs(mouths, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
-    assert f"'python train.py --resume --data {mouths / 'data'}' goes on" in err  # the command that finds this run again
+    assert f"all finished epochs are saved; 'python train.py --resume --data {mouths / 'data'}' goes on" in err  # the command that finds this run again
     done = json.loads((tmp_path / "models" / "model.json").read_text())["last"]["epoch"]
     printed = [line for line in out.splitlines() if line.startswith("epoch")]
     assert done >= 20 and (not printed or int(printed[-1].split()[1].split("/")[0]) == done)

@@ -16,7 +16,7 @@ import pytest
 import train
 from conftest import ROOT
 from net import load_model
-from predict import main, predict_video
+from predict import predict_video
 
 RATE, HOLD = 20, 20  # frames a second, and frames that a face stays
 PARTS = (("s05_1", 0.5), None, ("s01_1", 1.0))  # a dark face, nothing, a bright one
@@ -31,15 +31,9 @@ def model(mouths):
 
 
 @pytest.fixture
-def predicted(model, tmp_path, monkeypatch, capfd):
+def predicted(model, inside):
     """What predict.py prints in the test's folder, as lines: predicted("clip.mp4", "--json")."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        main([*map(str, args), "--model", str(model)])
-        return capfd.readouterr().out.splitlines()
-
-    return run
+    return lambda *args: inside("predict.py", *args, "--model", model).stdout.splitlines()
 
 
 def write_clip(path, orl, codec="mp4v", parts=PARTS):
