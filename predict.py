@@ -48,7 +48,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from net import load_model, predict
-from preprocess_lips import Face, LipCropper, cores, label_font, plain, read_photo, write_file
+from preprocess_lips import Face, LipCropper, columns, cores, label_font, pad, plain, read_photo, write_file
 
 BATCH = 32  # photos whose faces go through the network together
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
@@ -322,14 +322,19 @@ def evaluation_table(scores):
     def percent(value):
         return "-" if value is None else f"{value:.1%}"
 
+    def heading(name):
+        while columns(name) > 12:
+            name = name[:-1]
+        return " " * (14 - columns(name)) + name
+
     names = list(scores["classes"])
-    width = max(map(len, ("true \\ predicted", *names))) + 2
-    lines = ["class".ljust(width) + "   images precision    recall        f1"]
+    width = max(map(columns, ("true \\ predicted", *names))) + 2
+    lines = [pad("class", width) + "   images precision    recall        f1"]
     for name, row in scores["classes"].items():
-        lines.append(name.ljust(width) + f"{row['images']:9}" + "".join(f"{percent(row[k]):>10}" for k in ("precision", "recall", "f1")))
-    lines += ["", "true \\ predicted".ljust(width) + "".join(f"{name[:12]:>14}" for name in names)]
+        lines.append(pad(name, width) + f"{row['images']:9}" + "".join(f"{percent(row[k]):>10}" for k in ("precision", "recall", "f1")))
+    lines += ["", pad("true \\ predicted", width) + "".join(map(heading, names))]
     for name, row in zip(names, scores["confusion"]):
-        lines.append(name.ljust(width) + "".join(f"{n:14}" for n in row))
+        lines.append(pad(name, width) + "".join(f"{n:14}" for n in row))
     lines += ["", f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
                   f" on {scores['images']} images" + (f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else "")]
     if scores["contradicted"]:

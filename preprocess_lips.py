@@ -32,6 +32,7 @@ import stat
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -589,6 +590,16 @@ def plain(text):
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def columns(text):
+    """How many columns of a terminal a text takes: Chinese letters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def pad(text, width):
+    """The text with spaces after it, up to `width` columns of a terminal."""
+    return text + " " * (width - columns(text))
+
+
 def is_name(text):
     """Whether a text names something in a folder, not a way out of it."""
     return text not in ("", "..") and Path(text).name == text
@@ -890,12 +901,12 @@ def table(rows):
     counts = Counter((row["class"], row["status"]) for row in rows)
     statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
     classes = sorted({label for label, _ in counts})
-    width = max(map(len, ("class", "total", *classes))) + 2
-    lines = ["class".ljust(width) + "photos".rjust(8) + "".join(s.rjust(len(s) + 3) for s in statuses)]
+    width = max(map(columns, ("class", "total", *classes))) + 2
+    lines = [pad("class", width) + "photos".rjust(8) + "".join(s.rjust(len(s) + 3) for s in statuses)]
     for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
         cells = [sum(counts[label, status] for label in labels) for status in statuses]
         everything = sum(counts[label, status] for label in labels for status in STATUSES)
-        lines.append(name.ljust(width) + f"{everything:8}" + "".join(f"{c:{len(s) + 3}}" for c, s in zip(cells, statuses)))
+        lines.append(pad(name, width) + f"{everything:8}" + "".join(f"{c:{len(s) + 3}}" for c, s in zip(cells, statuses)))
     return lines
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocess_lips import MANIFEST, cores, is_name, locked, plain, read_csv, sweep, temporary, write_csv, writing
+from preprocess_lips import MANIFEST, columns, cores, is_name, locked, pad, plain, read_csv, sweep, temporary, write_csv, writing
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
@@ -299,11 +299,11 @@ def table(rows):
     """Lines of text: class, total, train, val."""
     counts = Counter((row["class"], row["part"]) for row in rows)
     classes = sorted({row["class"] for row in rows})
-    width = max(map(len, ("class", "total", *classes))) + 2
-    lines = ["class".ljust(width) + "   total   train     val"]
+    width = max(map(columns, ("class", "total", *classes))) + 2
+    lines = [pad("class", width) + "   total   train     val"]
     for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
         train, val = (sum(counts[label, part] for label in labels) for part in ("train", "val"))
-        lines.append(name.ljust(width) + f"{train + val:8}{train:8}{val:8}")
+        lines.append(pad(name, width) + f"{train + val:8}{train:8}{val:8}")
     return lines
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from preprocess_lips import COLUMNS, read_csv, write_csv
-from split_train_val import choose_val, main, merge, near_pairs, val_count
+from split_train_val import choose_val, main, merge, near_pairs, table, val_count
 
 
 @pytest.fixture
@@ -188,3 +188,11 @@ def test_the_table_is_printed(shell, tmp_path, crops):
     out = shell("split_train_val.py", "crops", "out").stdout
     assert [line.split() for line in out.splitlines()[:5]] == [
         ["class", "total", "train", "val"], ["a", "40", "36", "4"], ["b", "25", "23", "2"], ["c", "7", "6", "1"], ["total", "72", "65", "7"]]
+
+
+def test_tables_stay_in_line_below_names_whose_letters_are_wide():
+    assert table([{"class": label, "part": part} for label in ("a", "张嘴") for part in ("train", "val")]) == [
+        "class     total   train     val",
+        "a             2       1       1",
+        "张嘴          2       1       1",
+        "total         4       2       2"]
