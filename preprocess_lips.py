@@ -987,7 +987,11 @@ def main(argv=None):
         if rows is None:
             return
         print(*map(plain, table(rows)), sep="\n")
-        print(f"{new} new photos in {seconds:.1f} s, {len(rows) - new} known from before")
+        classes = {row["class"] for row in rows}
+        for folder in sorted(args.photos.iterdir()):
+            if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
+                print(plain(f"{folder}: empty, so there is no class of this name"))
+        print(f"{new} photos looked at in {seconds:.1f} s, {len(rows) - new} known from before")
         if not any(row["status"] == "ok" for row in rows):
             raise ValueError(f"{args.photos}: not one photo gave a mouth; {args.crops / MANIFEST} says why")
         sheet = io.BytesIO()

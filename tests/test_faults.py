@@ -86,7 +86,7 @@ def test_hostile_photos_each_get_their_status_and_no_more_memory_than_allowed(tm
     # the largest process; the worst honest photo here takes 50 MB, the worst bomb would take over a gigabyte
     assert peak * (1024 if sys.platform == "linux" else 1) < 700e6
     again = shell("preprocess_lips.py", folder.parent, "crops").stdout
-    assert "0 new photos" in again
+    assert "0 photos looked at" in again
 
 
 @posix
@@ -267,7 +267,7 @@ def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(permitted, tmp
     permitted("preprocess_lips.py", "photos", "crops")
     assert {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()} == {
         "a/closed folder": "unreadable", "a/closed.png": "unreadable", "a/open.png": "ok"}
-    assert "0 new photos" in permitted("preprocess_lips.py", "photos", "crops").stdout
+    assert "0 photos looked at" in permitted("preprocess_lips.py", "photos", "crops").stdout
     for path in closed:
         path.chmod(0o700)
     permitted("preprocess_lips.py", "photos", "crops")
@@ -906,7 +906,7 @@ def test_a_full_disk_ends_preprocessing_and_split_with_one_line_and_loses_nothin
     for path in set(after) - set(before):
         assert "manifest.csv.part" in path.name or is_whole(path)
     (folder / "ballast").unlink()
-    assert "new photos" in shell("preprocess_lips.py", photos, crops, "--workers", 1).stdout
+    assert "photos looked at" in shell("preprocess_lips.py", photos, crops, "--workers", 1).stdout
     assert len([row for row in rows_of(crops).values() if row["status"] == "ok"]) == 44
     before = files_in(data)
     fill(folder, 24)

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -171,6 +172,7 @@ def test_every_file_has_a_row_and_every_crop_its_name(photos, monkeypatch, capsy
     shutil.copy(photos / "2smile" / "s05_2.png", photos / "2smile" / "zz copy.gif")  # same bytes, same class
     shutil.copy(photos / "2smile" / "s05_3.png", photos / "0none" / "elsewhere.png")  # same bytes, other class
     (photos / "0none" / "more").mkdir()
+    (photos / "1pouting").mkdir()
     shutil.move(photos / "0none" / "s01_1.png", photos / "0none" / "more" / "Google_0001.jpeg")
     main([])
     rows = rows_of(tmp_path / "data" / "lips")
@@ -191,6 +193,7 @@ def test_every_file_has_a_row_and_every_crop_its_name(photos, monkeypatch, capsy
     with Image.open(tmp_path / "data" / "lips" / "preview.jpg") as preview:
         assert preview.width > 1000
     out = capsys.readouterr().out
+    assert f"{Path('data/raw/1pouting')}: empty, so there is no class of this name" in out
     assert "conflict" in out and "total" in out and "data/lips/manifest.csv" in out.replace("\\", "/")
 
 
@@ -203,7 +206,7 @@ def test_a_second_run_does_only_what_is_new_and_forgets_what_is_gone(photos, cap
     Image.fromarray(orl["s07_1"]).save(photos / "0none" / "s07_1.png")
     capsys.readouterr()
     main([str(photos), str(crops)])
-    assert "1 new photos" in capsys.readouterr().out
+    assert "1 photos looked at" in capsys.readouterr().out
     after = rows_of(crops)
     assert set(before) - set(after) == {"0none/s01_1.png"} and set(after) - set(before) == {"0none/s07_1.png"}
     gone = crops / "0none" / before["0none/s01_1.png"]["crop"]
@@ -242,7 +245,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
             journal.write('{"source": "0none/s01')  # a line that a kill cut short
     monkeypatch.undo()
     main([str(photos), str(crops)])
-    assert kept == [5, 10] and "14 new photos" in capsys.readouterr().out and len(rows_of(crops)) == 24
+    assert kept == [5, 10] and "14 photos looked at" in capsys.readouterr().out and len(rows_of(crops)) == 24
 
 
 def test_processes_of_one_job_share_the_photos_and_merge_their_manifests(photos, tmp_path, shell):
@@ -251,7 +254,7 @@ def test_processes_of_one_job_share_the_photos_and_merge_their_manifests(photos,
                               env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"}, stdout=subprocess.PIPE, text=True)
              for rank in (2, 0, 1)]
     out = [process.communicate(timeout=100)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0, 0] and out[0] == out[2] == "" and "8 new photos" in out[1]
+    assert [process.returncode for process in ranks] == [0, 0, 0] and out[0] == out[2] == "" and "8 photos looked at" in out[1]
     files = [{p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in ("alone", "shared")]
     assert files[0] == files[1]
 
