@@ -878,21 +878,27 @@ def label_font(text, size):
 
 
 def contact_sheet(crops, rows, columns=14, side=90):
-    """Crops of each class, evenly spread over the class, in one picture: two rows of images a class."""
+    """Crops of each class, evenly spread over the class, in one picture: two rows a class, with the names of their photos."""
     by_class = {}
     for row in rows:
         if row["status"] == "ok":
-            by_class.setdefault(row["class"], []).append(row["crop"])
-    band = 2 * side + 30
+            by_class.setdefault(row["class"], []).append(row)
+    high, band = side + 16, 2 * (side + 16) + 30
     sheet = Image.new("RGB", (columns * side, band * len(by_class)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (label, names) in enumerate(sorted(by_class.items())):
-        font, text = label_font(f"{label}  ({len(names)})", 18)
+    for i, (label, some) in enumerate(sorted(by_class.items())):
+        font, text = label_font(f"{label}  ({len(some)})", 18)
         draw.text((6, i * band + 4), text, fill="black", font=font)
-        shown = [names[k * len(names) // min(len(names), 2 * columns)] for k in range(min(len(names), 2 * columns))]
-        for k, name in enumerate(shown):
-            with Image.open(crops / label / name) as crop:
-                sheet.paste(crop.resize((side, side)), (k % columns * side, i * band + 28 + k // columns * side))
+        n = min(len(some), 2 * columns)
+        for k in range(n):
+            row = some[k * len(some) // n]
+            x, y = k % columns * side, i * band + 28 + k // columns * high
+            with Image.open(crops / label / row["crop"]) as crop:
+                sheet.paste(crop.resize((side, side)), (x, y))
+            font, name = label_font(Path(row["source"]).stem, 10)
+            while font.getlength(name) > side - 4:  # names often differ at their ends
+                name = name[1:]
+            draw.text((x + 2, y + side), name, "grey", font)
     return sheet
 
 
