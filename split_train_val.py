@@ -225,19 +225,30 @@ def split(crops, data, seed=0, group=None, link=False):
 
     Returns
     -------
-    (rows, foreign, alike) : list of dict, list of Path, (int, int)
-        What `split.csv` now says; files of the same name that this script did not make: left alone; and how
-        many crops have near-duplicates, in how many groups.
+    (rows, foreign, alike, alone) : list of dict, list of Path, (int, int), list of str
+        What `split.csv` now says; files of the same name that this script did not make: left alone; how many
+        crops have near-duplicates, in how many groups; and the paths in which `group` finds nothing.
+
+    Raises
+    ------
+    FileNotFoundError
+        There are no crops.
+    ValueError
+        `group` finds nothing in any path.
     """
     files = list_crops(crops)
     if not files:
         raise FileNotFoundError(f"{crops}: no crops in class folders; 'python preprocess_lips.py' makes them")
     draw = f"seed={seed} group={group or ''}"
     sources = {(row["class"], row["crop"]): row["source"] for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
-    groups = {}
-    for label, name in files:
-        path = sources.get((label, name), f"{label}/{name}")
-        groups[label, name] = group_of(path, re.compile(group)) if group else path
+    groups = {file: sources.get(file, "/".join(file)) for file in files}
+    alone = []
+    if group:
+        pattern = re.compile(group)
+        alone = [path for path in groups.values() if not pattern.search(path)]
+        if len(alone) == len(files):
+            raise ValueError(f"--group {group}: found in no photo's path; they are like {alone[0]}")
+        groups = {file: group_of(path, pattern) for file, path in groups.items()}
     pairs = look_alikes(crops, files)
     clusters = merge({file: file for pair in pairs for file in pair}, pairs)
     alike = len(clusters), len(set(clusters.values()))
@@ -275,7 +286,7 @@ def split(crops, data, seed=0, group=None, link=False):
     if hasattr(os, "sync"):
         os.sync()  # before the record says that all of it is there; one by one takes many times as long
     write_csv(record, COLUMNS, rows)
-    return rows, sorted(foreign), alike
+    return rows, sorted(foreign), alike, alone
 
 
 def place_crop(source, target, link):
@@ -328,7 +339,7 @@ def main(argv=None):
             raise ValueError(f"--group {args.group}: not a regular expression ({error})") from None
         with locked(args.data / ".lock"):
             sweep(args.data, *args.data.glob("train/*/"), *args.data.glob("val/*/"))
-            rows, foreign, alike = split(args.crops, args.data, args.seed, args.group, args.link)
+            rows, foreign, alike, alone = split(args.crops, args.data, args.seed, args.group, args.link)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: run the same command again to finish")
     except (OSError, ValueError) as error:
@@ -337,6 +348,8 @@ def main(argv=None):
     if args.group:
         sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
         print(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
+    if alone:
+        print(plain(f"groups of their own, because --group finds nothing in their paths: {len(alone)} crops, such as that of {alone[0]}"))
     if alike[0]:
         print(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
     for path in foreign[:5]:

@@ -103,6 +103,13 @@ def test_groups_stay_together(tmp_path, crops):
     assert all(len(side) == 1 for side in sides.values()) and len(sides) == 9
 
 
+def test_a_group_expression_that_finds_nothing_says_so(tmp_path, crops, capsys):
+    split(tmp_path, "--group", r"(p[1-8])_")
+    assert "groups of their own, because --group finds nothing in their paths: 9 crops, such as that of a/p0_a00.jpg" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: --group \(x\)_: found in no photo's path; they are like a/p0_a00.jpg"):
+        split(tmp_path, "--group", "(x)_")
+
+
 def test_groups_come_from_the_photos_path_in_the_manifest(tmp_path, crops):
     rows = [dict.fromkeys(COLUMNS, "") | {"source": f"a/person{int(p.stem[-2:]) // 4}_x{i}.png", "class": "a", "status": "ok", "crop": p.name}
             for i, p in enumerate(sorted((crops / "a").iterdir()))]
