@@ -709,6 +709,7 @@ def predict_and_print(args, model):
     videos = [(file, relative) for file, relative in files if is_video(file) and not args.crops]
     images = [(file, relative) for file, relative in files if args.crops or not is_video(file)]
     photos = faces = 0
+    failed = False
     cards, used = [], {file.resolve() for file, _ in files}
 
     def unused(relative, suffix):
@@ -721,7 +722,7 @@ def predict_and_print(args, model):
     try:
         results = predict_photos([file for file, _ in images], model, args.crops)
         with tqdm(total=len(images), unit="photo", leave=False, disable=None if len(images) > 1 else True) as bar:
-            for (_, relative), result in zip(images, results):
+            for (file, relative), result in zip(images, results):
                 with bar.external_write_mode(sys.stdout):
                     for line in as_json(result, model.classes):
                         if args.json:
@@ -730,6 +731,7 @@ def predict_and_print(args, model):
                             print(plain(f"{line['source']}  {line['error']}"))
                         else:
                             print(plain(f"{line['source']}  face {line['face']}  {line['label']}  {line['probability']:.1%}"))
+                failed |= result.error.startswith("unreadable") and file in args.inputs
                 photos += not result.error
                 faces += len(result.faces)
                 if args.save:
@@ -750,6 +752,7 @@ def predict_and_print(args, model):
                 labels = run_video(capture, file, model, args.json, target)
                 if not labels:
                     target, error = None, "unreadable: not one frame can be decoded"
+            failed |= bool(error) and file in args.inputs
             if args.json and error:
                 print(json_line({"source": str(file), "face": None, "error": error}), flush=True)
             elif not args.json:
@@ -760,11 +763,13 @@ def predict_and_print(args, model):
         if args.save:
             write_file(args.save / "index.html", gallery(cards, model.classes).encode())
     if not args.json:
-        done = [f"{faces} faces in {photos} of {len(images)} photos"] if images else []
+        done = [f"{faces} face{'s' * (faces != 1)} in {photos} of {len(images)} photo{'s' * (len(images) != 1)}"] if images else []
         done += [f"{sum(not card.error for card in cards if is_video(card.source))} of {len(videos)} videos have faces"] if len(videos) > 1 else []
         done += [f"annotated copies in {args.save}, look at {args.save / 'index.html'}"] if args.save else []
         if done:
             print(plain("; ".join(done)))
+    if failed:  # its line says why; in a folder, other files than photos are to be expected
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_broken_videos_are_one_line_each(shell, model, orl, tmp_path):
     (tmp_path / "zero.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video\n" * 9)
     (tmp_path / "cut.mp4").write_bytes(clip[:len(clip) // 2])
-    done = shell("predict.py", "zero.mp4", "text.mp4", "cut.mp4", "none.mp4", "--model", model)
+    done = shell("predict.py", "zero.mp4", "text.mp4", "cut.mp4", "none.mp4", "--model", model, check=1)
     assert done.stdout.splitlines()[:4] == [
         "zero.mp4  unreadable: an empty file",
         "text.mp4  unreadable: not a video that OpenCV can decode",
@@ -142,7 +142,7 @@ def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(pre
     cv2.imwrite(str(folder / "photo.jpg"), cv2.resize(orl["s01_1"], (184, 224)))
     photo = (folder / "photo.jpg").read_bytes()
     out = "\n".join(predicted(folder.name, "--save", folder.name))
-    assert "clip.mp4  0:00.00  face 1  dark" in out and "1 faces in 1 of 1 photos" in out
+    assert "clip.mp4  0:00.00  face 1  dark" in out and "1 face in 1 of 1 photo" in out
     assert (folder / "clip.mp4").read_bytes() == before and (folder / "photo.jpg").read_bytes() == photo
     assert {p.name for p in folder.iterdir()} == {"clip.mp4", "photo.jpg", "clip_2.mp4", "photo_2.jpg", "index.html"}
     crops = [json.loads(line) for line in predicted(folder.name, "--crops", "--json")]
