@@ -236,6 +236,9 @@ def test_a_run_learns_and_leaves_model_json_and_curves(run, tmp_path, capsys):
     assert tags["graph"] and tags["histograms"]
     out = capsys.readouterr().out
     assert out.count("\nepoch ") + out.startswith("epoch ") == 12 and "models/model.pt" in out.replace("\\", "/")
+    assert "one validation image more or less is 12.5%" in out
+    run("--resume")
+    assert "nothing is left to do; --epochs with a larger number goes on" in capsys.readouterr().out
 
 
 def test_the_learning_rate_steps_as_steplr_does_from_the_first_epoch(run, tmp_path):
