@@ -600,7 +600,7 @@ class Curves:
             add.add_pr_curve(f"precision and recall/{name}", self.labels == i, probabilities[:, i], epoch)
         for name, parameter in self.net.named_parameters():
             values = parameter.detach().flatten()  # 10,000 show the same histogram as fc1's 1.4 million in a hundredth of the time
-            add.add_histogram(name.replace(".", "/"), values[evenly(len(values), 10_000).to(values.device)], epoch)
+            add.add_histogram(name.replace(".", "/"), values[evenly(len(values), 10_000).to(values.device)], epoch, bins=60)
         if epoch == args.epochs:
             self.project(judged, probabilities)
             add.file_writer.add_summary(self.done, epoch)
