@@ -2,6 +2,7 @@
 
     python tests/bench/train_speed.py              13,577 + 1,509 crops of 128 x 128, about 4 minutes
     python tests/bench/train_speed.py --growth     how train.py's time and memory grow with the images
+    python tests/bench/train_speed.py --logging    what TensorBoard's curves and pictures cost of a whole run
 
 The crops are smooth noise: the time does not depend on what they show. Each measurement is a process of
 its own; they take turns, and medians are printed. Run it on a quiet machine.
@@ -79,6 +80,35 @@ def ours(data, epochs, mapped=False):
     return {"epoch": min(np.diff(marks[1:])), "decode": decode[0], "peak": peak(), "imported": imported, "torch": torch.__version__}
 
 
+def logging(data, epochs):
+    """Seconds in which training waits for its curves, those of the thread that writes them, and those of the whole run."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    import train
+
+    spent = {"waits": 0.0, "writer": 0.0}
+
+    def timed(cls, name, key, clock):
+        real = getattr(cls, name)
+
+        def method(*args):
+            start = clock()
+            try:
+                return real(*args)
+            finally:
+                spent[key] += clock() - start
+
+        setattr(cls, name, method)
+
+    for name in ("__init__", "epoch", "close"):
+        timed(train.Curves, name, "waits", time.perf_counter)
+    timed(_AsyncWriterThread, "run", "writer", time.thread_time)
+    with tempfile.TemporaryDirectory() as folder:
+        args = train.parse_args(["--data", str(data), "--device", "cpu", "--logs", f"{folder}/logs", "--models", f"{folder}/models"])
+        spent["run"] = train.train(args).seconds + spent["waits"]
+    return spent
+
+
 def network(data, epochs):
     import torch
     import torch.nn.functional as F
@@ -119,7 +149,8 @@ def main():
     parser.add_argument("--images", type=int, default=15086, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--growth", action="store_true", help="1x, 4x and 16x of 2,000 images, in memory and mapped")
-    parser.add_argument("--part", choices=["textbook", "ours", "mapped", "network"], help=argparse.SUPPRESS)
+    parser.add_argument("--logging", action="store_true", help="the default recipe's 300 epochs on 400 and on 800 images")
+    parser.add_argument("--part", choices=["textbook", "ours", "mapped", "network", "logging"], help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -137,6 +168,16 @@ def main():
                 rounds = [(measure("ours", data, 4), measure("mapped", data, 4)) for _ in range(args.rounds)]
                 row = [statistics.median(r[i][key] for r in rounds) for i in (0, 1) for key in ("epoch", "peak")]
                 print(f"{n:8}{row[0]:10.2f}{row[1]:10.0f}{row[2]:16.2f}{row[3]:10.0f}", flush=True)
+            return
+        if args.logging:
+            for n in (400, 800):
+                data = Path(folder) / str(n)
+                make_crops(data, n)
+                rounds = [measure("logging", data, 300) for _ in range(args.rounds)]
+                waits, writer, run = (statistics.median(r[key] for r in rounds) for key in ("waits", "writer", "run"))
+                share = statistics.median((r["waits"] + r["writer"]) / r["run"] for r in rounds)
+                print(f"{n:,} images: training waits {waits:.2f} s for its curves, which another thread takes {writer:.2f} s to write, "
+                      f"of {run:.1f} s: {share:.1%} at most", flush=True)
             return
         data = Path(folder)
         make_crops(data, args.images)
