@@ -975,7 +975,9 @@ def preprocess(photos, crops, workers):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    title, examples, more, *_ = __doc__.strip().split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="?", type=Path, default=Path("data/raw"),
                         help="folder with one folder of photos a class (default: %(default)s)")
     parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),

@@ -319,7 +319,9 @@ def table(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    title, examples, more = __doc__.strip().split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
                         help="folder with one folder of crops a class (default: %(default)s)")
     parser.add_argument("data", nargs="?", type=Path, default=Path("data"),

@@ -237,11 +237,6 @@ def test_nothing_in_a_model_steers_the_terminal(inside, tmp_path):
     assert "\x1b" not in inside("net.py", "model.pt", check=1).stderr
 
 
-def test_help_fits_a_screen_and_ends_with_examples(shell):
-    lines = shell("net.py", "--help", env={"COLUMNS": "80"}).stdout.splitlines()
-    assert len(lines) <= 24 and all("python net.py models/model.pt" in line for line in lines[-2:])
-
-
 def test_mirror_images_count_half():
     torch.manual_seed(0)
     model, x = simpleconv3(4).eval(), torch.rand(3, 3, 48, 48)

@@ -39,6 +39,14 @@ def test_files_that_a_readme_links_to_exist(name):
     assert targets and all((ROOT / target).exists() for target in targets)
 
 
+@pytest.mark.parametrize("script", ["net.py", "preprocess_lips.py", "split_train_val.py", "train.py", "predict.py"])
+def test_help_fits_a_screen_and_ends_with_examples(inside, monkeypatch, script):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = inside(script, "--help").stdout
+    examples = [line for line in out.split("\n\n")[-1].splitlines()[1:] if f" {script}" in line]
+    assert len(out.splitlines()) <= 45 and len(examples) >= 2
+
+
 def test_options_that_the_readme_shows_exist(inside):
     shown = set(re.findall(r"python (\w+\.py)([^\n`#]*)", READMES["README.md"]))
     for script in {script for script, _ in shown if (ROOT / script).exists()}:
