@@ -18,6 +18,7 @@ import hashlib
 import io
 import itertools
 import math
+import operator
 import os
 import shlex
 import signal
@@ -700,14 +701,25 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def restore(self, state, net, average, momentum):
-        net.load_state_dict(state["net"])
+        """Go on from what `read_checkpoint` read. Network, average and momentum are changed in place.
+
+        Raises
+        ------
+        KeyError, or almost anything else
+            Something is missing, or of another kind or shape.
+        """
+        for weights in (state["best_net"], state["net"]):
+            net.load_state_dict(weights)
         if average:
             average.net.load_state_dict(state["average"])
             average.steps = state["average_steps"]
         for buffer, stored in zip(momentum, state["momentum"], strict=True):
             buffer.copy_(stored)
-        self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
+        self.state, self.epoch, self.seconds = state, operator.index(state["epoch"]), float(state["seconds"])
         self.best, self.last, self.best_weights = state["best"], state["last"], state["best_net"]
+        for scores, key in itertools.product((self.best, self.last), ("epoch", "val_acc", "val_balanced", "val_loss")):
+            float(scores[key])
+        float(self.best["temperature"])
         self.log_dir = str(self.args.logs / state["log_dir"])
         self.unsaved = True  # a kill may have come between the checkpoint and the model
 
@@ -722,6 +734,10 @@ def read_checkpoint(path):
         if missing:
             raise ValueError(f"holds no {min(missing)}")
         check_classes(state["classes"])
+        for key, value in {**RECIPES["textbook"], "recipe": "", "seed": 0, "device": ""}.items():
+            if not isinstance(state["args"].get(key, value), type(value)):
+                raise ValueError(f"its {key} is {reason(state['args'][key])}")
+        check_views(state["args"].get("views", [CROP_SIZE]))
         state["log_dir"] = PureWindowsPath(state["log_dir"]).name  # which knows the separators of all systems
         if NO_CLASS_NAME.search(state["log_dir"]):
             raise ValueError("its curves were in no folder of their own")
@@ -781,9 +797,13 @@ def train(args):
     average = Average(net, args.average) if args.average else None
     run = Run(args, classes, sizes)
     if resumed:
-        run.restore(resumed, net, average, momentum)
-    if resumed and args.schedule == "one-cycle" and args.epochs != resumed["args"]["epochs"]:
-        raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {resumed['args']['epochs']} epochs cannot be resumed for another number")
+        try:
+            run.restore(resumed, net, average, momentum)
+            begun = resumed["args"]["epochs"]
+        except Exception as error:
+            raise ValueError(f"{args.models / CHECKPOINT}: damaged ({reason(error)}); start again without --resume") from None
+        if args.schedule == "one-cycle" and args.epochs != begun:
+            raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {begun} epochs cannot be resumed for another number")
     judged = average.net if average else net  # what is validated and saved
     model = DistributedDataParallel(net) if world > 1 else net
     weights = class_weights(torch.bincount(labels, minlength=len(classes)), args.balance) if args.balance else None

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,6 +294,21 @@ def test_a_checkpoint_cannot_lead_the_curves_out_of_logs(run, tmp_path):
         run("--resume", "--epochs", epochs)
         (place,) = {file.parent for file in tmp_path.rglob("*") if file.is_file() and file not in before}
         assert place.parent == tmp_path / "logs" and place.name.startswith("begun_in")
+
+
+def test_a_checkpoint_in_which_something_is_of_another_kind_is_damaged(run, tmp_path):
+    run("--epochs", 1)
+    path = tmp_path / "models" / "checkpoint.pt"
+    state = weights(path)
+    short = {key: value for key, value in state["net"].items() if key != "fc3.bias"}
+    for odd in ({"net": short}, {"best_net": {}}, {"momentum": []}, {"momentum": 3}, {"epoch": "one"}, {"epoch": 1.5}, {"seconds": []},
+                {"best": None}, {"best": {}}, {"last": {"val_acc": "x"}}, {"classes": None}, {"args": []}, {"args": {}},
+                *({"args": state["args"] | {key: value}} for key, value in (
+                    ("lr", "x"), ("epochs", None), ("views", 48), ("views", ["a"]), ("device", 7), ("seed", [1]), ("schedule", 1), ("batch_size", "\x1b[2J")))):
+        torch.save(state | odd, path)
+        with pytest.raises(SystemExit) as end:
+            run("--resume", "--epochs", 3)
+        assert re.fullmatch(r"error: models/checkpoint\.pt: damaged \([ -~]+\); start again without --resume", str(end.value)), (odd, end.value)
 
 
 def test_a_checkpoint_larger_than_any_of_ours_is_not_read(run, tmp_path):
