@@ -235,8 +235,7 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
     side = min(photo.size)
     line, size = max(2, side // 200), max(15, side // 26)
     for face, row in zip(faces, probabilities):
-        left, top, right, bottom = (v * scale for v in face.mouth)
-        box = (max(left, 0), max(top, 0), min(right, photo.width - 1), min(bottom, photo.height - 1))
+        box = [min(max(v * scale, 0), length - 1) for v, length in zip(face.mouth, 2 * photo.size)]
         draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=line + 2)
         draw.rectangle(box, outline="yellow", width=line)
         font, text = label_font(f"{classes[row.argmax()]} {row.max():.0%}", size)

@@ -70,6 +70,12 @@ JOURNAL = "manifest.csv.part"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+def shows(photo, mouth):
+    """Whether at least the middle of a mouth's box is in the photo: landmarks go on beyond its edge."""
+    x, y = (mouth[0] + mouth[2]) / 2, (mouth[1] + mouth[3]) / 2
+    return 0 <= x < photo.shape[1] and 0 <= y < photo.shape[0]
+
+
 class Face(NamedTuple):
     """One face of a photo. Boxes are (left, top, right, bottom) in pixels of the photo."""
 
@@ -300,9 +306,12 @@ class LipCropper:
                         doubtful += 1
                         continue
                     landmarks = (landmarks @ back[:, :2].T + back[:, 2]) / scale
+                    mouth = mouth_box(landmarks)
+                    if not shows(photo, mouth):
+                        doubtful += 1
+                        continue
                     place = _turned_box(box, back, scale)
                     if all(_overlap(place, other.box) < 0.3 for other in faces):
-                        mouth = mouth_box(landmarks)
                         faces.append(Face(place, landmarks, mouth, cut(photo, mouth, CROP_SIDE), search.name))
                         if largest:
                             return faces, doubtful
@@ -360,7 +369,7 @@ class LipCropper:
         Returns
         -------
         Face or None
-            None where there is no longer a face, or it went further than a third of its size.
+            None where there is no longer a face, its mouth left the frame, or it went further than a third of its size.
         """
         # the box in which a search would have found them, by the medians over photos
         centre = landmarks.mean(0)
@@ -371,6 +380,8 @@ class LipCropper:
         if landmarks is None:
             return None
         mouth = mouth_box(landmarks)
+        if not shows(photo, mouth):
+            return None
         return Face(tuple(round(float(v)) for v in box), landmarks, mouth, cut(photo, mouth, CROP_SIDE), "followed")
 
     def _detector(self, name):

@@ -82,6 +82,9 @@ def test_annotated_photos_show_box_and_words_at_any_size(model, orl, cropper, si
     rows = np.flatnonzero(yellow.sum(1) > 0.1 * picture.shape[1])
     assert len(rows) >= 15  # the label's ground, a line of text high
     annotate(photo, faces, np.array([[0.1, 0.1, 0.8]]), net.classes)  # a name beyond Latin letters
+    height, width = photo.shape[:2]
+    for box in ((0, height + 9, 50, height + 59), (-60, 0, -10, 50), (width + 5, -70, width + 55, -20)):  # beyond the edges
+        annotate(photo, [faces[0]._replace(mouth=box)], np.array([[0.1, 0.8, 0.1]]), net.classes)
 
 
 def test_crops_are_classified_whole(model, mouths, capsys):

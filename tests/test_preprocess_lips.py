@@ -110,6 +110,17 @@ def test_all_sample_faces_are_found_and_mouths_lie_in_the_lower_half(orl, croppe
     assert len(missed) <= 5, missed
 
 
+def test_a_mouth_beyond_the_edge_of_a_photo_is_none(orl, cropper):
+    found = 0
+    for name in sorted(orl)[::50]:
+        photo = np.repeat(cv2.copyMakeBorder(orl[name], 30, 0, 30, 30, cv2.BORDER_REPLICATE)[..., None], 3, 2)
+        for height in range(80, 142, 6):  # from the brows to the chin
+            for face in cropper(photo[:height]):
+                found += 1
+                assert 0 <= face.mouth[1] + face.mouth[3] < 2 * height
+    assert found > 20
+
+
 def test_several_faces_come_largest_first_and_each_once(orl, cropper):
     canvas = np.full((500, 700, 3), 128, np.uint8)
     for name, size, x, y in (("s05_1", 3, 20, 60), ("s01_1", 2, 330, 100), ("s09_3", 1, 560, 150)):
