@@ -3,7 +3,7 @@
     python train.py                                   the textbook's recipe: 300 epochs, SGD, StepLR
     python train.py --epochs 40 --lr 0.05             shorter, gentler
     python train.py --resume                          go on after Ctrl-C or a crash, bit for bit on a CPU
-    torchrun --nproc_per_node=2 train.py              the same on two processes or GPUs, or many machines
+    torchrun --nproc_per_node=2 -- train.py           the same on two processes or GPUs, or many machines
     tensorboard --logdir logs                         the curves
 
 All crops are decoded once, to 64 x 64, and live in memory: 12 KiB an image (a set that would not fit in
@@ -290,7 +290,8 @@ def jitter(images, generator, strength, grey):
     contrast, saturation, brightness, tint = (1 + strength * (2 * u[:, :6] - 1)).split([1, 1, 1, 3], 1)
     loses = u[:, 6:] < grey
     saturation, tint = saturation.masked_fill(loses, 0), tint.masked_fill(~loses, 1)
-    luma = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, 1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
     mean = luma.mean((2, 3), keepdim=True)
     images = luma.lerp(images, saturation)
     return mean.lerp(images, contrast).mul(brightness * tint).clamp(0, 255)
@@ -395,7 +396,7 @@ def train_epoch(net, images, labels, momentum, done, batch_size, generator, args
         if average:
             average.update(net.module if isinstance(net, DistributedDataParallel) else net)
         with torch.no_grad():
-            sums += torch.stack([loss * len(batch), (logits.argmax(1) == target).sum(), sums.new_tensor(len(batch))])
+            sums += torch.stack([loss * len(batch), (logits.argmax(1) == target).sum(), sums.new_full((), len(batch))])
     return sums
 
 
@@ -451,7 +452,8 @@ def fit_temperature(logits, labels):
 
     From the same paper; the cross-entropy is computed for 200 temperatures and the best one taken.
     """
-    temperatures = torch.logspace(-0.7, 0.7, 200, device=logits.device)
+    logits, labels = logits.cpu(), labels.cpu()  # Apple's devices have no logspace
+    temperatures = torch.logspace(-0.7, 0.7, 200)
     losses = torch.stack([F.cross_entropy(logits / t, labels) for t in temperatures])
     return float(temperatures[losses.argmin()])
 
@@ -767,9 +769,12 @@ def train(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
     if device.type != "cpu" and world > 1:
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        local, there = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        if local >= there:
+            raise ValueError(f"--device {device.type}: this machine has {there}; start as many processes, or add --device cpu")
+        device = torch.device(device.type, local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(dist.get_default_backend_for_device(device.type))
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes that share it")
     resumed = read_checkpoint(args.models / CHECKPOINT) if args.resume else None
@@ -806,7 +811,10 @@ def train(args):
             raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {begun} epochs cannot be resumed for another number")
     judged = average.net if average else net  # what is validated and saved
     model = DistributedDataParallel(net) if world > 1 else net
-    weights = class_weights(torch.bincount(labels, minlength=len(classes)), args.balance) if args.balance else None
+    counts = torch.bincount(labels, minlength=len(classes))
+    if world > 1:
+        dist.all_reduce(counts)
+    weights = class_weights(counts, args.balance) if args.balance else None
 
     log = None
     if rank == 0:
@@ -828,6 +836,9 @@ def train(args):
                 dist.all_reduce(sums)
             train_loss, train_acc, train_n = sums.tolist()
             times.append(time.perf_counter())
+            if world > 1:  # normalisation's statistics are each process's own: judge the first one's, which are saved
+                for buffer in judged.buffers():
+                    dist.broadcast(buffer, 0)
             val_loss, matrix, logits = evaluate(judged, val_images, val_labels, flip=args.flip, views=args.views)
             if world > 1:
                 dist.all_reduce(val_loss)

@@ -372,6 +372,38 @@ def test_two_processes_train_as_well_as_one_and_write_once(mouths, tmp_path):
     assert about["images"] == {"train": 32, "val": 8} and about["best"]["val_acc"] == 1.0
 
 
+RANKS = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+import train
+
+real = train.evaluate
+
+def evaluate(net, *args, **more):
+    torch.save(net.state_dict(), f"rank{os.environ['RANK']}.pt")
+    return real(net, *args, **more)
+
+train.evaluate = evaluate
+train.main(sys.argv[2:])
+"""
+
+
+def test_processes_share_gradients_statistics_and_the_counts_of_the_classes(mouths, tmp_path):
+    shutil.copytree(mouths / "data", tmp_path / "data")
+    for part in ("train", "val"):  # a class of one image, which one of the processes lacks
+        (tmp_path / "data" / part / "rare").mkdir()
+        shutil.copy(sorted((mouths / "data" / part / "dark").iterdir())[0], tmp_path / "data" / part / "rare" / "x.png")
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--", "ranks.py", str(ROOT), "--recipe", "strong",
+         "--device", "cpu", "--batch-size", "16", "--epochs", "2", "--logs", "logs"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    first, second = (weights(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    saved = weights(tmp_path / "models" / "checkpoint.pt")["average"]
+    assert all(torch.equal(first[key], saved[key]) for key in first)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint_to_resume(mouths, tmp_path):
     process = torchrun(mouths, tmp_path, "--epochs", "100000")
