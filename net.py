@@ -66,7 +66,7 @@ class simpleconv3(nn.Module):
         self.fc2 = nn.Linear(1200, 128)
         self.fc3 = nn.Linear(128, nclass)
         self.about = {}
-        self.classes = tuple(CLASSES) if nclass == len(CLASSES) else tuple(map(str, range(nclass)))
+        self.classes = CLASSES if nclass == len(CLASSES) else tuple(map(str, range(nclass)))
 
     def features(self, x):
         """The 128 activations before the last layer: float tensor N x 128, at least 0."""
@@ -124,7 +124,7 @@ def normalize(images):
     -------
     float32 tensor of the same shape and memory format, values -1 to 1
     """
-    return images.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
+    return (images * (1 / (255 * STD))).sub_(MEAN / STD)
 
 
 def zoom(side):
@@ -343,11 +343,13 @@ def reason(error):
 
 def check_classes(names):
     """Raise a ValueError that names the first of the class names that no folder can have, or that there is twice."""
+    seen = set()
     for i, name in enumerate(names):
         if not isinstance(name, str) or NO_CLASS_NAME.search(name):
             raise ValueError(f"class {i} is {ascii(name)[:40]}, which no folder can be called")
-        if name in names[:i]:
+        if name in seen:
             raise ValueError(f"there are two classes {ascii(name)}")
+        seen.add(name)
 
 
 def check_views(views):
@@ -463,6 +465,8 @@ def load_model(path, device="cpu"):
         raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such model'}; 'python train.py' makes one")
     try:
         weights = read_weights(path)
+        if weights["fc3.weight"].shape[1:] != (128,):  # as many classes as it likes, for no weights at all
+            raise ValueError("fc3.weight has another shape")
         if not len(weights["fc3.weight"]):
             raise ValueError("no classes")
         net = simpleconv3(len(weights["fc3.weight"]))
@@ -498,6 +502,8 @@ def layer_table(net):
 
 
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):  # class names may have letters that the terminal, or Windows in a pipe, has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     description, *_, examples = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="weights to show; without: a new four-class network")

@@ -105,6 +105,7 @@ class Calls:
     (altered("fc1.bias", torch.full((1200,), 1e300, dtype=torch.float64)), "fc1.bias holds what is no weight"),
     (altered("bn2.running_var", torch.full((24,), -1.0)), "bn2.running_var holds what is no weight"),
     (altered("fc3.weight", torch.zeros(1, 1).expand(10**7, 128)), "tensors of more than 16 MiB"),
+    (altered("fc3.weight", torch.zeros(20_000_000, 0)), "fc3.weight has another shape"),
     (altered("new", torch.zeros(5 * 2**20, dtype=torch.uint8)), "new is torch.uint8"),
     (altered("new", torch.zeros(4 * 2**20)), "larger than 16 MiB"),
     (Calls(bytearray, 2**28), "holds more than tensors"),
@@ -235,6 +236,20 @@ def test_nothing_in_a_model_steers_the_terminal(inside, tmp_path):
     assert r"\u202ea, b, می‌خندد, d" in out and r"\x9b2J" in out
     torch.save(altered("\x1b[31m", torch.zeros(1)), tmp_path / "model.pt")
     assert "\x1b" not in inside("net.py", "model.pt", check=1).stderr
+
+
+def test_views_are_the_enlarged_middle():
+    x = torch.rand(2, 3, 48, 48)
+    for side in (48, 44, 31, 8):
+        margin = (48 - side) // 2
+        middle = x[:, :, margin:margin + side, margin:margin + side]
+        expected = torch.nn.functional.interpolate(middle, size=48, mode="bilinear")
+        torch.testing.assert_close(net.zoom(side).T @ x @ net.zoom(side), expected)
+
+
+def test_normalize_leaves_its_argument_as_it_is():
+    levels = torch.full((1, 3, 48, 48), 255.0)
+    assert net.normalize(levels).eq(1).all() and levels.eq(255).all()
 
 
 def test_mirror_images_count_half():
