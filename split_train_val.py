@@ -68,6 +68,8 @@ def perceptual_hash(path):
     """
     try:
         with Image.open(path) as image:
+            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+                return None
             image.draft("L", (4 * HASH_SIDE, 4 * HASH_SIDE))
             grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX))
     except Exception:  # decoders raise almost anything; train.py names the file
@@ -170,7 +172,7 @@ def choose_val(members, seed, before=None):
     set of str
         The groups for validation. Their crops come as close to `val_count` of each class as whole groups
         can; with one crop a group they meet it exactly. Where two groups or more hold a class, each side
-        gets at least one of them.
+        gets at least one of them, unless that leaves another class without crops in training.
     """
     before = before or {}
     counts = {group: Counter(classes) for group, classes in members.items()}

@@ -124,6 +124,8 @@ def test_photos_that_are_programs_are_not_run(tmp_path, shell):
     (tmp_path / "photos" / "a" / "face.jpg").write_bytes(hostile.GHOSTSCRIPT)
     shell("preprocess_lips.py", "photos", "crops", "--workers", 1, env={"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}, check=1)
     assert rows_of(tmp_path / "crops")["a/face.jpg"]["status"] == "unreadable" and not (tmp_path / "run").exists()
+    shell("split_train_val.py", "photos", "data", env={"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
