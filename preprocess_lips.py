@@ -247,11 +247,6 @@ class LipCropper:
 
     Loading takes about half a second (a landmark file of 100 MB), so make one and call it often; threads may share it.
 
-    Parameters
-    ----------
-    predictor : path-like, optional
-        A dlib shape predictor of 68 landmarks. Default: `landmark_file`.
-
     Raises
     ------
     FileNotFoundError
@@ -260,11 +255,10 @@ class LipCropper:
         It is damaged.
     """
 
-    def __init__(self, predictor=None):
+    def __init__(self):
         cv2.setNumThreads(1)  # the caller's workers use the cores; OpenCV's own threads fight them
         self._local = threading.local()
-        # dlib opens paths in the system's code page on Windows; a path that it cannot say is no reason to fail
-        path = predictor or landmark_file()
+        path = landmark_file()
         try:
             self._predictor = dlib.shape_predictor(str(path))
         except RuntimeError as error:
@@ -388,9 +382,16 @@ class LipCropper:
         """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
         detectors = self._local.__dict__
         if name not in detectors:
-            detectors[name] = dlib.get_frontal_face_detector() if name == "hog" else cv2.CascadeClassifier(
-                f"{cv2.data.haarcascades}haarcascade_frontalface_{name}.xml")
+            detectors[name] = dlib.get_frontal_face_detector() if name == "hog" else self._cascade(name)
         return detectors[name]
+
+    @staticmethod
+    def _cascade(name):
+        # read by Python: given a path that is not ASCII, OpenCV on Windows would load nothing and say nothing
+        text = Path(cv2.data.haarcascades, f"haarcascade_frontalface_{name}.xml").read_text("utf-8")
+        storage, cascade = cv2.FileStorage(text, cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY), cv2.CascadeClassifier()
+        cascade.read(storage.getFirstTopLevelNode())
+        return cascade
 
     def _search(self, grey, search):
         """Boxes (left, top, right, bottom) found by one search, largest first, each with whether it is beyond doubt."""
@@ -760,13 +761,14 @@ def run_parallel(tasks, workers, chunk=16, careful=False):
 def list_photos(photos):
     """All files in the class folders below `photos`: sorted pairs (source relative to `photos`, class).
 
-    A folder that cannot be opened counts as a file, so that it does not vanish without a word.
+    A folder that cannot be opened, or is a link below a class folder, counts as a file, so that it does not vanish without a word.
     """
     found = []
     for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
         closed = []
         for place, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
             folders.sort()
+            files += [name for name in folders if (Path(place) / name).is_symlink()]  # which may lead in circles
             found += [((Path(place) / name).relative_to(photos).as_posix(), folder.name) for name in files]
         found += [(Path(place).relative_to(photos).as_posix(), folder.name) for place in closed]
     return sorted(found)
@@ -832,7 +834,7 @@ def _reusable(row, photos, crops):
         size = stamp = ""
     if (size, stamp) != (str(row["bytes"]), str(row["mtime_ns"])):
         return False
-    return not row["crop"] or _is_ours(row) and (crops / row["class"] / row["crop"]).is_file()
+    return not row["crop"] or row["status"] == "conflict" or _is_ours(row) and (crops / row["class"] / row["crop"]).is_file()
 
 
 def _is_ours(row):
@@ -955,7 +957,12 @@ def preprocess(photos, crops, workers):
             """What earlier runs and the other processes of this one have done."""
             journals = [row for path in crops.glob(f"{JOURNAL}*") for row in _read_journal(path)]
             rows = {row["source"]: row for row in (*before, *journals) if sources.get(row["source"]) == row["class"]}
-            return {source: row for source, row in rows.items() if _reusable(row, photos, crops)}
+            rows = {source: row for source, row in rows.items() if _reusable(row, photos, crops)}
+            classes = defaultdict(set)
+            for row in rows.values():
+                classes[row["sha1"]].add(row["class"])
+            # a conflict lasts as long as both copies are there
+            return {source: row for source, row in rows.items() if row["status"] != "conflict" or len(classes[row["sha1"]]) > 1}
 
         rows = known()
         share = list(sources.items())[rank::world]
@@ -973,6 +980,10 @@ def preprocess(photos, crops, workers):
         while len(rows) < len(sources):  # the other processes write their journals on the same disk
             time.sleep(0.5)
             rows |= known()
+            # what another process has done, but has changed since, nobody else will look at again
+            done = {row["source"] for path in crops.glob(f"{JOURNAL}*") for row in _read_journal(path)} & sources.keys() - rows.keys()
+            for some in run_parallel([(photos, crops, source, sources[source]) for source in sorted(done)], workers):
+                rows |= {row["source"]: row for row in some}
         final = settle(rows.values())
         keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
         for row in (*before, *final):
@@ -1001,7 +1012,7 @@ def main(argv=None):
             raise FileNotFoundError(f"{args.photos}: no such folder; put photos in {args.photos}/<class>/ or name another")
         landmark_file()
         start = time.perf_counter()
-        rows, new = preprocess(args.photos, args.crops, max(1, args.workers))
+        rows, new = preprocess(args.photos, args.crops, min(max(1, args.workers), 61))  # Windows waits for no more
         seconds = time.perf_counter() - start
         if rows is None:
             return
@@ -1010,7 +1021,8 @@ def main(argv=None):
         for folder in sorted(args.photos.iterdir()):
             if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
                 print(plain(f"{folder}: empty, so there is no class of this name"))
-        print(f"{new} photos looked at in {seconds:.1f} s, {len(rows) - new} known from before")
+        known = "known from before" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else "by the other processes, or known from before"
+        print(f"{new} photos looked at in {seconds:.1f} s, {len(rows) - new} {known}")
         if not any(row["status"] == "ok" for row in rows):
             raise ValueError(f"{args.photos}: not one photo gave a mouth; {args.crops / MANIFEST} says why")
         sheet = io.BytesIO()

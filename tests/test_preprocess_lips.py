@@ -184,14 +184,15 @@ def test_every_file_has_a_row_and_every_crop_its_name(photos, monkeypatch, capsy
     shutil.copy(photos / "2smile" / "s05_3.png", photos / "0none" / "elsewhere.png")  # same bytes, other class
     (photos / "0none" / "more").mkdir()
     (photos / "1pouting").mkdir()
+    (photos / "0none" / "link").symlink_to(photos / "2smile")
     shutil.move(photos / "0none" / "s01_1.png", photos / "0none" / "more" / "Google_0001.jpeg")
     main([])
     rows = rows_of(tmp_path / "data" / "lips")
-    files = [p.relative_to(photos).as_posix() for p in photos.rglob("*") if p.is_file()]
+    files = [p.relative_to(photos).as_posix() for p in photos.rglob("*") if p.is_file() or p.is_symlink()]
     assert sorted(rows) == sorted(files)
     status = {source: row["status"] for source, row in rows.items()}
     assert {s: status[s] for s in status if status[s] != "ok"} == {
-        "0none/notes.jpg": "unreadable", "0none/empty.png": "unreadable", "2smile/cut short.jpg": "unreadable",
+        "0none/notes.jpg": "unreadable", "0none/link": "unreadable", "0none/empty.png": "unreadable", "2smile/cut short.jpg": "unreadable",
         "0none/banner.png": "side_ratio", "0none/icon.png": "too_small", "2smile/meadow.webp": "no_face",
         "2smile/zz copy.gif": "duplicate", "2smile/s05_3.png": "conflict", "0none/elsewhere.png": "conflict"}
     crops = {p.relative_to(tmp_path / "data" / "lips").as_posix() for p in (tmp_path / "data" / "lips").glob("*/*")}
@@ -225,11 +226,14 @@ def test_a_second_run_does_only_what_is_new_and_forgets_what_is_gone(photos, cap
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if p != gone)
 
 
-def test_a_conflict_is_solved_by_removing_one_copy(photos, tmp_path):
+def test_a_conflict_lasts_until_one_copy_is_removed(photos, tmp_path, capsys):
     crops = tmp_path / "crops"
     shutil.copy(photos / "0none" / "s01_1.png", photos / "2smile" / "wrong.png")
     main([str(photos), str(crops)])
     assert rows_of(crops)["0none/s01_1.png"]["status"] == "conflict"
+    main([str(photos), str(crops)])
+    assert "0 photos looked at" in capsys.readouterr().out  # a conflict that stays need not be looked at again
+    assert rows_of(crops)["0none/s01_1.png"]["status"] == rows_of(crops)["2smile/wrong.png"]["status"] == "conflict"
     (photos / "2smile" / "wrong.png").unlink()
     main([str(photos), str(crops)])
     row = rows_of(crops)["0none/s01_1.png"]
@@ -266,6 +270,7 @@ def test_processes_of_one_job_share_the_photos_and_merge_their_manifests(photos,
              for rank in (2, 0, 1)]
     out = [process.communicate(timeout=100)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0, 0] and out[0] == out[2] == "" and "8 photos looked at" in out[1]
+    assert "16 by the other processes, or known from before" in out[1]
     files = [{p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in ("alone", "shared")]
     assert files[0] == files[1]
 
@@ -276,6 +281,16 @@ def deadly_work(tasks):
     if any(source == "0none/s02_2.png" for *_, source, _ in tasks):
         os.kill(os.getpid(), 9)
     return [preprocess_lips.process_photo(preprocess_lips._cropper, *task) for task in tasks]
+
+
+def test_a_photo_that_changes_after_another_process_has_done_it_is_done_again(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
+        for name in ("0none/s01_2.png", "2smile/s05_1.png"):  # one of either share
+            os.utime(photos / name, (rank, rank))
+    assert {row["status"] for row in rows_of(tmp_path / "crops").values()} == {"ok"} and len(rows_of(tmp_path / "crops")) == 24
 
 
 def test_a_photo_that_kills_its_worker_costs_only_itself(photos, tmp_path, monkeypatch):
