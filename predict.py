@@ -9,6 +9,7 @@
 
 In other code:
 
+    import cv2
     from net import load_model
     from predict import predict_photos, predict_video
     model = load_model("models/model.pt")
@@ -358,7 +359,9 @@ def run_evaluation(folder, model, crops):
     ValueError
         A folder is none of the model's classes, or no photo has a face.
     """
-    files = list_inputs([folder])
+    files = [(file, path) for file, path in list_inputs([folder]) if len(path.parts) > 1]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no photos in class folders")
     unknown = sorted({path.parts[0] for _, path in files} - set(model.classes))
     if unknown:
         raise ValueError(f"{folder}: holds {unknown[0]}, which is none of the model's classes ({', '.join(model.classes)})")
@@ -404,7 +407,7 @@ def open_video(source):
     OSError
         It cannot be opened; the text says why.
     """
-    if Path(str(source)).is_file() or isinstance(source, Path):
+    if not isinstance(source, int) and (isinstance(source, Path) or Path(source).is_file()):
         with open(source, "rb") as file:  # OpenCV would not say that it is missing or closed to us
             if not file.read(1):
                 raise OSError("an empty file")
@@ -709,13 +712,13 @@ def predict_and_print(args, model):
     images = [(file, relative) for file, relative in files if args.crops or not is_video(file)]
     photos = faces = 0
     failed = False
-    cards, used = [], {file.resolve() for file, _ in files}
+    cards, used = [], {str(file.resolve()).casefold() for file, _ in files}  # disks may not tell a.JPG from a.jpg
 
     def unused(relative, suffix):
         """Where in the folder of --save a copy goes: over none of the inputs, and over no other copy."""
         names = (f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}" for n in itertools.count(1))
-        target = next(path for path in map((args.save / relative).with_name, names) if path.resolve() not in used)
-        used.add(target.resolve())
+        target = next(path for path in map((args.save / relative).with_name, names) if str(path.resolve()).casefold() not in used)
+        used.add(str(target.resolve()).casefold())
         return target
 
     try:

@@ -132,6 +132,7 @@ def test_errors_name_the_way_out(inside, model, photos, tmp_path):
     (tmp_path / "crops" / "0none").mkdir(parents=True)
     Image.new("RGB", (128, 128), "green").save(tmp_path / "crops" / "0none" / "meadow.jpg")
     assert "no face in any of 1 photos; if they are mouth crops, add --crops" in inside("predict.py", "--evaluate", "crops", check=1).stderr
+    Image.new("RGB", (99, 99)).save(photos / "preview.jpg")  # beside the class folders: of no class
     (photos / "9other").mkdir()
     (photos / "2smile" / "s05_1.png").rename(photos / "9other" / "s05_1.png")
     assert "9other, which is none of the model's classes" in inside("predict.py", "--evaluate", "data/raw", check=1).stderr
