@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from net import (
     CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, read_saved, reason,
-    save_model, simpleconv3, square)
+    save_model, simpleconv3, square, writing)
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
@@ -132,9 +132,15 @@ def load_images(paths, size, cache, name="images"):
     if target and target.is_file():
         return torch.from_numpy(np.memmap(target, np.uint8, "r+", shape=shape))
     if target:
-        cache.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".part")
-        images = np.memmap(temporary, np.uint8, "w+", shape=shape)
+        with writing(temporary):
+            cache.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, not by a fatal signal later
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+                else:
+                    file.truncate(math.prod(shape))
+        images = np.memmap(temporary, np.uint8, "r+", shape=shape)
     else:
         images = np.empty(shape, np.uint8)
 
@@ -918,19 +924,35 @@ def parse_args(argv=None):
         known = set(vars(args)) - {"resume", "data", "logs", "models"}
         parser.set_defaults(**{key: value for key, value in stored.items() if key in known})
         args = parser.parse_args(argv)
+        if args.recipe != stored.get("recipe", args.recipe):
+            parser.error(f"--recipe {args.recipe}: the run to resume was begun with {stored['recipe']}; start again without --resume")
     for name in ("epochs", "batch_size", "step_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("crop", "colour", "grey", "smoothing", "average"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} must be between 0 and 1")
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed must be between 0 and {2**31 - 1}")
     try:
         check_views(args.views)
     except ValueError as error:
         parser.error(f"--{error}")
+    accelerator = [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
     if args.device is None:
-        args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        args.device = (accelerator + ["cpu"])[0]
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError:  # no kind of device at all
+        kind = None
+    if kind not in accelerator + ["cpu"]:
+        parser.error(f"--device {printable(args.device)}: this machine has {' and '.join(accelerator + ['cpu'])}")
     return args
 
 
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):  # class names may have letters that the terminal, or Windows in a pipe, has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     # TensorBoard's thread hands its errors on; they need not be shown twice
     threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
     args = None

@@ -1,10 +1,12 @@
 """Nothing lost, nothing trusted: broken photos, kills, full disks, two runs at once. README.md here has the table."""
 
+import contextlib
 import copy
 import csv
 import ctypes
 import faulthandler
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -548,12 +550,16 @@ def test_names_of_classes_and_images_steer_no_terminal_in_training(mouths, tmp_p
 
     data = tmp_path / "data"
     for part in ("train", "val"):
-        for label, name in (("bright", "bright"), ("dark", "dark\u202e")):
+        for label, name in (("bright", "bright"), ("dark", "\u7b11\u202e")):
             shutil.copytree(mouths / "data" / part / label, data / part / name)
     args = ["--data", str(data), "--models", str(tmp_path / "models"), "--logs", str(tmp_path / "logs"), "--device", "cpu", "--epochs", "1"]
     train.main(args)
     out = capsys.readouterr().out
-    assert r"dark\u202e" in out and all(line.isprintable() for line in out.splitlines())
+    assert "\u7b11\\u202e" in out and all(line.isprintable() for line in out.splitlines())
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as poor:
+        train.main(args)
+        poor.flush()
+    assert rb"(bright, \u7b11\u202e)" in poor.buffer.getvalue()
     (data / "train" / "bright" / "\x1b[2J.png").touch()
     with pytest.raises(SystemExit) as error:
         train.main(args)

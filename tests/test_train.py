@@ -144,6 +144,24 @@ def test_an_image_of_the_largest_size_is_read(tmp_path):
     assert [image[:, 32, 32].tolist() for image in images] == [[76] * 3, [255] * 3]
 
 
+def test_the_average_of_the_weights_lags_behind_them_and_forgets_the_first_ones_soon():
+    net = simpleconv3(2)
+    average = train.Average(net, 0.9)
+    start = net.fc3.bias.detach().clone()
+    with torch.no_grad():
+        net.fc3.bias += 1
+        net.bn1.running_mean += 2
+    average.update(net)
+    torch.testing.assert_close(average.net.fc3.bias, start + 10 / 11)  # the decay begins with 1 / 11
+    torch.testing.assert_close(average.net.bn1.running_mean, torch.full((12,), 20 / 11))
+    for _ in range(100):
+        average.update(net)
+    with torch.no_grad():
+        net.fc3.bias += 1
+    average.update(net)
+    torch.testing.assert_close(average.net.fc3.bias, start + 1.1, atol=1e-3, rtol=0)  # and ends with 0.9
+
+
 def test_evaluate_sums_over_samples_whatever_the_batches():
     torch.manual_seed(0)
     model, images, labels = simpleconv3(3), torch.randint(0, 256, (50, 3, 48, 48), dtype=torch.uint8), torch.randint(0, 3, (50,))
@@ -242,10 +260,13 @@ def test_a_run_learns_and_leaves_model_json_and_curves(run, tmp_path, capsys):
     assert "nothing is left to do; --epochs with a larger number goes on" in capsys.readouterr().out
 
 
-def test_the_learning_rate_steps_as_steplr_does_from_the_first_epoch(run, tmp_path):
-    run("--epochs", 5, "--step-size", 2)
+def test_the_learning_rate_steps_as_steplr_does_from_the_first_epoch(run, tmp_path, monkeypatch):
+    used, sgd = [], train.sgd
+    monkeypatch.setattr(train, "sgd", lambda *args, lr, **more: used.append(lr) or sgd(*args, lr=lr, **more))
+    run("--epochs", 5, "--step-size", 2)  # of two batches
     (log,) = (tmp_path / "logs").iterdir()
     assert [round(e.value, 6) for e in scalars(log).Scalars("learning rate")] == [0.1, 0.1, 0.01, 0.01, 0.001]
+    assert [round(lr, 6) for lr in used] == [0.1] * 4 + [0.01] * 4 + [0.001] * 2
 
 
 def test_model_pt_is_the_best_epoch_and_the_last_is_recorded(run, tmp_path, mouths):
@@ -276,6 +297,13 @@ def test_a_one_cycle_run_cannot_change_its_length_midway(run):
     run("--recipe", "strong", "--epochs", 2)
     with pytest.raises(SystemExit, match="cannot be resumed for another number"):
         run("--resume", "--epochs", 3)
+
+
+def test_a_run_is_not_resumed_with_another_recipe(run, capsys):
+    run("--epochs", 1)
+    with pytest.raises(SystemExit, match="2"):
+        run("--resume", "--recipe", "strong")
+    assert "--recipe strong: the run to resume was begun with textbook" in capsys.readouterr().err
 
 
 def test_a_checkpoint_cannot_lead_the_curves_out_of_logs(run, tmp_path):
@@ -423,6 +451,10 @@ def test_settings_that_cannot_work_are_one_clear_error(inside, mouths, tmp_path)
     assert error in inside("train.py", check=1).stderr.replace("\\", "/")
     shutil.copytree(mouths / "data", tmp_path / "data")
     assert "no run to resume" in inside("train.py", "--resume", check=1).stderr
+    for flags, why in (
+            (("--device", "x\x1b[2J"), r"--device x\x1b[2J: this machine has "), (("--smoothing", 2), "--smoothing must be between 0 and 1"),
+            (("--seed", 10**20), "--seed must be between"), (("--epochs", 0), "--epochs must be at least 1")):
+        assert why in inside("train.py", *flags, check=2).stderr
     shutil.rmtree(tmp_path / "data" / "val" / "dark")
     assert "class dark is not in" in inside("train.py", check=1).stderr
     shutil.rmtree(tmp_path / "data" / "train" / "dark")
