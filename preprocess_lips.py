@@ -61,7 +61,7 @@ MAX_BYTES = 4 * MAX_PIXELS  # of the file
 MAX_SECONDS = 60  # for a photo in a worker process
 MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts with
 
-COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns")
+COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns", "look")
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
 JOURNAL = "manifest.csv.part"
@@ -617,6 +617,29 @@ def is_name(text):
     return text not in ("", "..") and Path(text).name == text
 
 
+def perceptual_hash(source, side=16):
+    """Which neighbours in a grey miniature of an image grow brighter to the right: the difference hash.
+
+    Parameters
+    ----------
+    source : path-like or binary file
+
+    Returns
+    -------
+    str
+        256 bits as 64 hexadecimal digits; empty for what is no readable image.
+    """
+    try:
+        with Image.open(source) as image:
+            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+                return ""
+            image.draft("L", (4 * side, 4 * side))
+            grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
+    except Exception:  # decoders raise almost anything; train.py names the file
+        return ""
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+
+
 def crop_name(label, sha1):
     while len(os.fsencode(label)) > 230:  # file names end at 255 bytes
         label = label[:-1]
@@ -658,7 +681,7 @@ def process_photo(cropper, photos, crops, source, label, write=write_file):
     row |= {"face": _box_text(face.box), "mouth": _box_text(face.mouth), "detector": face.detector}
     if face.mouth[2] - face.mouth[0] < MIN_MOUTH:
         return row | {"status": "too_small"}
-    row |= {"status": "ok", "crop": crop_name(label, row["sha1"])}
+    row |= {"status": "ok", "crop": crop_name(label, row["sha1"]), "look": perceptual_hash(io.BytesIO(data))}
     _, jpeg = cv2.imencode(".jpg", face.crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
     write(crops / label / row["crop"], jpeg.tobytes())
     return row

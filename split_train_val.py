@@ -24,13 +24,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocess_lips import MANIFEST, columns, cores, is_name, locked, pad, plain, read_csv, sweep, temporary, write_csv, writing
+from preprocess_lips import MANIFEST, columns, cores, is_name, locked, pad, perceptual_hash, plain, read_csv, sweep, temporary, write_csv, writing
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
-HASH_SIDE = 16  # 256 bits
 # Bits in which the hashes of near-duplicates may differ. Of copies saved anew, halved or made brighter, 99 in 100 differ in 17
-# at most, all in 25; of 2,300 crops of different photos, no two in fewer than 33. Must be less than 32: see `near_pairs`.
+# at most, all in 25, photos too; of 2,300 crops of different photos, no two in fewer than 33. Must be less than 32: see `near_pairs`.
 HASH_DISTANCE = 28
 
 
@@ -53,28 +52,6 @@ def group_of(path, pattern):
     if not match:
         return path
     return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)
-
-
-def perceptual_hash(path):
-    """Which neighbours in a grey miniature of an image grow brighter to the right: the difference hash, 256 bits.
-
-    Parameters
-    ----------
-    path : Path
-
-    Returns
-    -------
-    uint16 array of 16, or None for what is no readable image
-    """
-    try:
-        with Image.open(path) as image:
-            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
-                return None
-            image.draft("L", (4 * HASH_SIDE, 4 * HASH_SIDE))
-            grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX))
-    except Exception:  # decoders raise almost anything; train.py names the file
-        return None
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint16)
 
 
 def near_pairs(hashes, distance=HASH_DISTANCE):
@@ -135,19 +112,38 @@ def merge(groups, pairs):
     return {key: root(name) for key, name in groups.items()}
 
 
-def look_alikes(crops, files):
-    """Pairs of crops that are near-duplicates; `files` are pairs (class, file name) below `crops`."""
+def look_alikes(crops, files, photos):
+    """Pairs of crops that are near-duplicates, or whose photos are.
+
+    A photo saved anew gives landmarks a pixel further, and a crop that may differ in a hundred bits; the photos do not.
+
+    Parameters
+    ----------
+    crops : Path
+    files : list of (class, file name)
+        Below `crops`.
+    photos : dict
+        For a file the `perceptual_hash` of its photo, 64 hexadecimal digits, where it is known.
+
+    Returns
+    -------
+    list of pairs of files
+    """
     with ThreadPoolExecutor(cores()) as pool:
         hashes = pool.map(lambda file: perceptual_hash(crops.joinpath(*file)), files)
         hashes = list(tqdm(hashes, total=len(files), desc="comparing", unit="crop", leave=False, disable=None))
-    same = defaultdict(list)
-    for file, one in zip(files, hashes):
-        if one is not None:
-            same[one.tobytes()].append(file)
-    pairs = [(copies[0], other) for copies in same.values() for other in copies[1:]]
-    firsts = [copies[0] for copies in same.values()]
-    distinct = np.frombuffer(b"".join(same), np.uint16).reshape(-1, HASH_SIDE)
-    return pairs + [(firsts[i], firsts[j]) for i, j in near_pairs(distinct)] if len(firsts) > 1 else pairs
+    pairs = []
+    for looks in (zip(files, hashes), ((file, photos.get(file, "")) for file in files)):
+        same = defaultdict(list)
+        for file, look in looks:
+            if re.fullmatch("[0-9a-f]{64}", look):
+                same[look].append(file)
+        pairs += [(copies[0], other) for copies in same.values() for other in copies[1:]]
+        firsts = [copies[0] for copies in same.values()]
+        distinct = np.frombuffer(bytes.fromhex("".join(same)), np.uint16).reshape(-1, 16)
+        if len(firsts) > 1:
+            pairs += [(firsts[i], firsts[j]) for i, j in near_pairs(distinct)]
+    return pairs
 
 
 def val_count(n):
@@ -242,7 +238,8 @@ def split(crops, data, seed=0, group=None, link=False):
     if not files:
         raise FileNotFoundError(f"{crops}: no crops in class folders; 'python preprocess_lips.py' makes them")
     draw = f"seed={seed} group={group or ''}"
-    sources = {(row["class"], row["crop"]): row["source"] for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
+    photos = {(row["class"], row["crop"]): row for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
+    sources = {file: row["source"] for file, row in photos.items()}
     groups = {file: sources.get(file, "/".join(file)) for file in files}
     alone = []
     if group:
@@ -251,7 +248,7 @@ def split(crops, data, seed=0, group=None, link=False):
         if len(alone) == len(files):
             raise ValueError(f"--group {group}: found in no photo's path; they are like {alone[0]}")
         groups = {file: group_of(path, pattern) for file, path in groups.items()}
-    pairs = look_alikes(crops, files)
+    pairs = look_alikes(crops, files, {file: row["look"] for file, row in photos.items()})
     clusters = merge({file: file for pair in pairs for file in pair}, pairs)
     alike = len(clusters), len(set(clusters.values()))
     groups = merge(groups, pairs)
