@@ -790,7 +790,7 @@ def list_photos(photos):
     for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
         closed = []
         for place, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             files += [name for name in folders if (Path(place) / name).is_symlink()]  # which may lead in circles
             found += [((Path(place) / name).relative_to(photos).as_posix(), folder.name) for name in files]
         found += [(Path(place).relative_to(photos).as_posix(), folder.name) for place in closed]
@@ -920,9 +920,10 @@ def contact_sheet(crops, rows, columns=14, side=90):
         if row["status"] == "ok":
             by_class.setdefault(row["class"], []).append(row)
     high, band = side + 16, 2 * (side + 16) + 30
-    sheet = Image.new("RGB", (columns * side, band * len(by_class)), "white")
+    shown = sorted(by_class.items())[:200]  # a JPEG has at most 65,500 lines
+    sheet = Image.new("RGB", (columns * side, band * len(shown)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (label, some) in enumerate(sorted(by_class.items())):
+    for i, (label, some) in enumerate(shown):
         font, text = label_font(f"{label}  ({len(some)})", 18)
         draw.text((6, i * band + 4), text, fill="black", font=font)
         n = min(len(some), 2 * columns)
@@ -1040,6 +1041,9 @@ def main(argv=None):
         if rows is None:
             return
         print(*map(plain, table(rows)), sep="\n")
+        loose = sum(path.is_file() and not path.name.startswith(".") for path in args.photos.iterdir())
+        if loose:
+            print(plain(f"{args.photos}: {loose} files beside the class folders are in no class"))
         classes = {row["class"] for row in rows}
         for folder in sorted(args.photos.iterdir()):
             if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
@@ -1055,6 +1059,8 @@ def main(argv=None):
                     f"a look at them in {args.crops / 'preview.jpg'}"))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what is done is kept; the same command goes on from there")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {plain(error)}")
 

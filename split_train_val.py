@@ -265,8 +265,9 @@ def split(crops, data, seed=0, group=None, link=False):
     wanted = {(row["part"], row["class"], row["file"]) for row in rows}
 
     # the record comes first and names both the old and the new files: killed at any point, a rerun knows its own
-    foreign = {path for part, label, name in wanted - made if (path := data / part / label / name).exists()}
-    rows = [row for row in rows if data / row["part"] / row["class"] / row["file"] not in foreign]
+    foreign = {path for _, label, name in wanted - made for part in ("train", "val")
+               if (part, label, name) not in made and (path := data / part / label / name).exists()}
+    rows = [row for row in rows if not foreign & {data / part / row["class"] / row["file"] for part in ("train", "val")}]
     write_csv(record, COLUMNS, rows + [row for row in old if (row["part"], row["class"], row["file"]) not in wanted])
     for part, label, name in sorted(made - wanted):
         other = "train" if part == "val" else "val"
@@ -345,7 +346,19 @@ def main(argv=None):
         sys.exit("\ninterrupted: run the same command again to finish")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {plain(error)}")
+    try:
+        report(args, rows, foreign, alike, alone)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def report(args, rows, foreign, alike, alone):
+    """Print what `split` did."""
     print(*map(plain, table(rows)), sep="\n")
+    counts = Counter((row["class"], row["part"]) for row in rows)
+    for label in sorted({row["class"] for row in rows}):
+        if counts[label, "train"] > 1 and not counts[label, "val"]:
+            print(plain(f"{label}: none in val, because all its crops belong together; smaller groups would help"))
     if args.group:
         sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
         print(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import preprocess_lips
 from preprocess_lips import COLUMNS, read_csv, write_csv
 from split_train_val import choose_val, main, merge, near_pairs, table, val_count
 
@@ -153,6 +154,38 @@ def test_near_pairs_are_those_that_comparing_all_would_find(seed, distance):
     far = np.bitwise_count(hashes[:, None] ^ hashes).sum(2, dtype=int)
     expected = {(i, j) for i in range(len(hashes)) for j in range(i + 1, len(hashes)) if far[i, j] <= distance}
     assert set(near_pairs(hashes, distance)) == expected
+
+
+def test_photos_saved_anew_stay_on_one_side_though_their_crops_differ(tmp_path, orl):
+    for i, name in enumerate(sorted(orl)[:200:10]):
+        face = Image.fromarray(orl[name]).resize((184, 224), Image.Resampling.BICUBIC)
+        folder = tmp_path / "photos" / ("a", "b")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        face.save(folder / f"{name}.png")
+        face.save(folder / f"{name}_copy.jpg", quality=60)
+        face.resize((130, 158)).save(folder / f"{name}_small.jpg", quality=80)
+    preprocess_lips.main([str(tmp_path / "photos"), str(tmp_path / "crops"), "--workers", "1"])
+    split(tmp_path)
+    sources = {row["crop"]: row["source"] for row in read_csv(tmp_path / "crops" / "manifest.csv")}
+    sides = {}
+    for row in read_csv(tmp_path / "data" / "split.csv"):
+        sides.setdefault(sources[row["file"]][2:8].strip("_."), set()).add(row["part"])
+    assert len(sides) == 20 and all(len(side) == 1 for side in sides.values())
+
+
+def test_a_crop_of_others_on_the_other_side_is_not_joined_by_ours(tmp_path, crops, capsys):
+    names = sorted(path.name for path in (crops / "a").iterdir())
+    (tmp_path / "data" / "val" / "a").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "data" / "val" / "a" / name).write_text("not ours")
+    made = split(tmp_path)
+    assert {name for name in made if "/a/" in name} == {f"val/a/{name}" for name in names}
+    assert "left alone, not made by this script" in capsys.readouterr().out
+
+
+def test_a_class_without_validation_is_told(tmp_path, crops, capsys):
+    split(tmp_path, "--group", "^([abc])/")
+    assert "a: none in val, because all its crops belong together" in capsys.readouterr().out
 
 
 def test_groups_that_share_a_pair_become_one():
