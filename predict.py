@@ -271,7 +271,8 @@ def list_inputs(inputs, videos=False):
     found, suffixes = [], (Image.registered_extensions().keys() - VIDEOS) | (VIDEOS if videos else set())
     for path in inputs:
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()
+                           and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not files:
                 raise FileNotFoundError(f"{path}: no photos {'or videos ' if videos else ''}in this folder")
             found += [(file, file.relative_to(path)) for file in files]
@@ -338,7 +339,7 @@ def evaluation_table(scores):
     lines += ["", f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
                   f" on {scores['images']} images" + (f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else "")]
     if scores["contradicted"]:
-        lines += ["", "most confidently contradicted (wrong labels are among them; --save DIR shows all):"]
+        lines += ["", "most confidently contradicted (wrong labels are among them; --save DIR shows the first 48):"]
         lines += [f"  {one['source']}  {one['label']} {one['probability']:.1%}" for one in scores["contradicted"][:8]]
     return lines
 
@@ -670,6 +671,8 @@ def main(argv=None):
         parser.error("--camera goes with --model and --json only; name a video file without --camera to --save it")
     try:
         model = load_model(args.model)
+        if not model.about:
+            print(plain(f"{args.model.with_suffix('.json')} is missing: the classes are called {', '.join(model.classes)}"), file=sys.stderr)
         if args.camera is not None:
             show_camera(args, model)
         if args.evaluate:
@@ -708,16 +711,26 @@ def show_camera(args, model):
 
 def predict_and_print(args, model):
     files = list_inputs(args.inputs, videos=not args.crops)
+    if args.save:
+        # what an earlier run saved within a folder that is searched
+        inside = [path for path in args.inputs if path.is_dir() and path.resolve() in args.save.resolve().parents]
+        files = [(file, relative) for file, relative in files
+                 if not (inside and args.save.resolve() in file.resolve().parents) or file in args.inputs]
+        page = args.save / "index.html"
+        if page.is_file() and b"<title>Expressions</title>" not in page.read_bytes():
+            raise ValueError(f"{page}: is not of this program; --save another folder")
     videos = [(file, relative) for file, relative in files if is_video(file) and not args.crops]
     images = [(file, relative) for file, relative in files if args.crops or not is_video(file)]
     photos = faces = 0
     failed = False
+    originals = {file.resolve().parent for file, _ in files}  # where nothing is written over
     cards, used = [], {str(file.resolve()).casefold() for file, _ in files}  # disks may not tell a.JPG from a.jpg
 
     def unused(relative, suffix):
         """Where in the folder of --save a copy goes: over none of the inputs, and over no other copy."""
         names = (f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}" for n in itertools.count(1))
-        target = next(path for path in map((args.save / relative).with_name, names) if str(path.resolve()).casefold() not in used)
+        target = next(path for path in map((args.save / relative).with_name, names)
+                      if str(path.resolve()).casefold() not in used and not (path.exists() and path.resolve().parent in originals))
         used.add(str(target.resolve()).casefold())
         return target
 

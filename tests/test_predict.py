@@ -71,6 +71,24 @@ def test_saved_copies_keep_the_folders_layout_and_no_name_is_lost(model, photos,
     assert len(saved) == 26 and "2smile/s05_1.jpg" in saved and "0none/s01_1_2.jpg" in saved and "s01_1.jpg" in saved
 
 
+def test_saving_again_or_beside_originals_replaces_and_doubles_nothing(inside, model, two_faces, tmp_path):
+    folder = tmp_path / "hol"
+    folder.mkdir()
+    two_faces.rename(folder / "two.png")
+    for _ in range(3):
+        assert "2 faces in 1 of 1 photo;" in inside("predict.py", "hol", "--save", "hol/named").stdout
+    (folder / "two.jpg").write_bytes(b"an original that is not looked at")
+    (folder / ".trash").mkdir()
+    shutil.copy(folder / "two.png", folder / ".trash" / "old.png")
+    inside("predict.py", "hol/two.png", "--save", "hol")
+    assert (folder / "two.jpg").read_bytes() == b"an original that is not looked at" and (folder / "two_2.jpg").is_file()
+    (folder / "two.jpg").unlink()
+    (folder / "two_2.jpg").unlink()
+    assert "2 faces in 1 of 1 photo;" in inside("predict.py", "hol", "--save", "hol/named").stdout
+    (tmp_path / "index.html").write_text("my page")
+    assert "index.html: is not of this program" in inside("predict.py", "hol", "--save", ".", check=1).stderr
+
+
 @pytest.mark.parametrize("size", [(92, 112), (1840, 2240)])
 def test_annotated_photos_show_box_and_words_at_any_size(model, orl, cropper, size):
     photo = np.asarray(Image.fromarray(orl["s05_1"]).convert("RGB").resize(size))
