@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.sgd import sgd
 from torch.utils.tensorboard import SummaryWriter
@@ -79,7 +79,8 @@ def list_images(folder):
     found = [
         (path, place.name)
         for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")
-        for path in sorted(place.rglob("*")) if path.suffix.lower() in suffixes and not path.name.startswith(".")
+        for path in sorted(place.rglob("*"))
+        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in path.relative_to(place).parts)
     ]
     if not found:
         raise FileNotFoundError(f"{folder}: no images in class folders; 'python split_train_val.py' makes them")
@@ -155,7 +156,12 @@ def load_images(paths, size, cache, name="images"):
                         raise ValueError(f"{image.width} x {image.height} pixels, of which {MAX_SIDE} are read")
                     if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
                         raise ValueError(f"{image.format} is not read")
+                    if image.mode.startswith(("I", "F")):  # converted, it would be white
+                        raise ValueError("more than 8 bits a channel; save it with 8")
                     image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))  # JPEGs decode at a fraction of their size, several times as fast
+                    ImageOps.exif_transpose(image, in_place=True)
+                    if image.has_transparency_data:
+                        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                     images[i] = square(image, size).numpy()
             except Exception as error:  # decoders raise almost anything
                 raise OSError(f"{paths[i]}: not a readable image ({error}); remove it and run the command again") from None
@@ -214,10 +220,18 @@ def load_data(data, rank=0, world=1):
         # class by class, neighbours are alike: shuffle, so that every rank's share holds all classes
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist() if world > 1 else range(len(files))
         share = [files[i] for i in order][rank::world]
+        if not share:
+            raise ValueError(f"{data / part}: {len(files)} images are too few for {world} processes; start fewer")
         labels = torch.tensor([classes.index(label) for _, label in share])
         name = part if world == 1 else f"{part}{rank}"
         loaded.append((load_images([path for path, _ in share], size, data / "cache", name), labels))
     return classes, *loaded
+
+
+def identify(data):
+    """Which images there are in ``data/train`` and ``data/val``, a hash of their names and sizes: str."""
+    files = [(part, label, path.name, path.stat().st_size) for part in ("train", "val") for path, label in list_images(data / part)]
+    return hashlib.sha1(repr(files).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def random_boxes(n, generator, smallest=0.08):
@@ -656,8 +670,8 @@ class Run:
     The state is held in memory and goes to the disk every `SAVE_SECONDS` and at the end, however it comes.
     """
 
-    def __init__(self, args, classes, sizes):
-        self.args, self.classes, self.sizes = args, classes, sizes
+    def __init__(self, args, classes, sizes, identity):
+        self.args, self.classes, self.sizes, self.identity = args, classes, sizes, identity
         self.epoch = 0  # epochs done
         self.seconds = 0.0
         self.best = self.best_weights = self.last = self.state = None
@@ -684,7 +698,7 @@ class Run:
             "net": net, "average": weights if average else None, "best_net": self.best_weights,
             "momentum": [buffer.clone() for buffer in momentum], "average_steps": average.steps if average else 0,
             "epoch": self.epoch, "best": self.best, "last": self.last, "seconds": self.seconds,
-            "classes": list(self.classes), "args": settings, "log_dir": self.log_dir,
+            "classes": list(self.classes), "args": settings, "log_dir": self.log_dir, "data": self.identity,
         }
         self.unsaved = True
         if time.perf_counter() - self.saved_at > SAVE_SECONDS:
@@ -790,6 +804,9 @@ def train(args):
     if resumed and tuple(resumed["classes"]) != classes:
         raise ValueError(f"{args.models / CHECKPOINT}: was trained on {', '.join(resumed['classes'])}, "
                          f"but {args.data} holds {', '.join(classes)}; start again without --resume")
+    identity = identify(args.data)
+    if resumed and resumed.get("data", identity) != identity:
+        raise ValueError(f"{args.data}: holds other images than those of the run to resume; start again without --resume")
     images, labels, val_images, val_labels = (t.to(device) for t in (*train_set, *val_set))
     sizes = torch.tensor([len(images), len(val_images)], device=device)
     if world > 1:
@@ -806,7 +823,7 @@ def train(args):
     momentum = [torch.zeros_like(parameter) for parameter in net.parameters()]
     share = args.batch_size // world
     average = Average(net, args.average) if args.average else None
-    run = Run(args, classes, sizes)
+    run = Run(args, classes, sizes, identity)
     if resumed:
         try:
             run.restore(resumed, net, average, momentum)
@@ -924,16 +941,18 @@ def parse_args(argv=None):
         known = set(vars(args)) - {"resume", "data", "logs", "models"}
         parser.set_defaults(**{key: value for key, value in stored.items() if key in known})
         args = parser.parse_args(argv)
-        if args.recipe != stored.get("recipe", args.recipe):
-            parser.error(f"--recipe {args.recipe}: the run to resume was begun with {stored['recipe']}; start again without --resume")
+        for name in ("recipe", "average", "flip", "views"):  # without which its scores would be another model's
+            if getattr(args, name) != stored.get(name, getattr(args, name)):
+                parser.error(f"--{name} {getattr(args, name)}: the run to resume was begun with {stored[name]}; start again without --resume")
     for name in ("epochs", "batch_size", "step_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("crop", "colour", "grey", "smoothing", "average"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} must be between 0 and 1")
-    if not 0 <= args.seed < 2**31:
-        parser.error(f"--seed must be between 0 and {2**31 - 1}")
+    for most, names in ((1, "crop colour grey smoothing average momentum weight_decay"), (10, "balance"), (180, "rotate"), (2**31, "seed"), (math.inf, "gamma")):
+        for name in names.split():
+            if not 0 <= getattr(args, name) <= most:  # nor not a number
+                parser.error(f"--{name.replace('_', '-')} must be between 0 and {most}")
+    if not args.lr > 0:
+        parser.error("--lr must be more than 0")
     try:
         check_views(args.views)
     except ValueError as error:
@@ -955,13 +974,17 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     # TensorBoard's thread hands its errors on; they need not be shown twice
     threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
-    args = None
+    args, begun = None, time.time()
     try:
         args = parse_args(argv)
         # the ranks of a job are one run: the first holds the folder for all
         with locked(args.models) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
             run = train(args)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not args or not (args.models / CHECKPOINT).is_file() or (args.models / CHECKPOINT).stat().st_mtime < begun:
+            sys.exit("\ninterrupted before an epoch was finished: nothing is saved")
         places = [word for flag in ("data", "logs", "models") if args and getattr(args, flag) != Path(flag)
                   for word in (f"--{flag}", str(getattr(args, flag)))]
         again = printable(shlex.join(["python", "train.py", "--resume", *places]))

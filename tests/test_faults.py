@@ -978,7 +978,7 @@ def test_training_is_saved_although_the_disk_of_the_curves_is_full(mouths, disk,
     import torch
     import train
 
-    logs = disk(600) / "logs"  # room for the beginning
+    logs = disk(350) / "logs"  # room for the beginning
     monkeypatch.setattr(train, "SAVE_SECONDS", float("inf"))
     with pytest.raises(SystemExit, match=r"logs: cannot be written \(No space left on device\)"):
         train.main(["--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", "--models", str(tmp_path / "models"), "--logs", str(logs), "--epochs", "10"])

@@ -17,7 +17,8 @@ from torchvision import transforms
 import hostile
 import train
 from conftest import ROOT
-from net import load_model, simpleconv3
+from net import load_model, simpleconv3, square
+from preprocess_lips import read_photo
 from train import confusion_matrix, draw_matrix, evaluate, jitter, load_images, main, random_boxes, resample
 
 # --- the data path
@@ -92,6 +93,24 @@ def test_validation_pixels_of_jpegs_are_torchvisions_within_a_grey_level(mouths,
     theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.PILToTensor()])
     expected = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths]).float()
     assert (load_images(paths, 48, tmp_path / "cache") - expected).abs().mean() < 1
+
+
+def test_crops_are_seen_upright_and_on_white_as_predict_sees_them(mouths, tmp_path):
+    crop = Image.open(sorted((mouths / "data" / "val" / "dark").glob("*.png"))[0]).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    crop.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    clear = crop.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 128, 40))
+    clear.save(tmp_path / "b.png")
+    turned, white = load_images([tmp_path / "a.png", tmp_path / "b.png"], 48, tmp_path / "cache")
+    assert torch.equal(turned, square(crop)) and white[:, :10].eq(255).all() and torch.equal(white[:, 20:], square(crop)[:, 20:])
+    for image in (turned, white):
+        name = "a.png" if image is turned else "b.png"
+        assert torch.equal(image, square(read_photo(tmp_path / name)))
+    Image.fromarray(np.full((60, 60), 3000, np.uint16)).save(tmp_path / "c.png")
+    with pytest.raises(OSError, match="c.png: not a readable image .more than 8 bits a channel"):
+        load_images([tmp_path / "c.png"], 48, tmp_path / "cache")
 
 
 def test_images_that_do_not_fit_in_memory_live_in_a_file(mouths, tmp_path, monkeypatch):
@@ -299,11 +318,47 @@ def test_a_one_cycle_run_cannot_change_its_length_midway(run):
         run("--resume", "--epochs", 3)
 
 
-def test_a_run_is_not_resumed_with_another_recipe(run, capsys):
+@pytest.mark.parametrize("flags, why", [
+    (("--recipe", "strong"), "--recipe strong: the run to resume was begun with textbook"),
+    (("--average", "0.9"), "--average 0.9: the run to resume was begun with 0.0"),
+    (("--views", "40"), r"--views [40]: the run to resume was begun with [48]"),
+    (("--flip",), "--flip True: the run to resume was begun with False"),
+])
+def test_a_run_is_not_resumed_for_another_kind_of_model(run, capsys, flags, why):
     run("--epochs", 1)
     with pytest.raises(SystemExit, match="2"):
-        run("--resume", "--recipe", "strong")
-    assert "--recipe strong: the run to resume was begun with textbook" in capsys.readouterr().err
+        run("--resume", *flags)
+    assert why in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_on_other_images(run, mouths, tmp_path):
+    shutil.copytree(mouths / "data", tmp_path / "data")
+    main(["--epochs", "1", "--device", "cpu"])
+    moved = sorted((tmp_path / "data" / "train" / "dark").iterdir())[0]
+    moved.rename(tmp_path / "data" / "val" / "dark" / moved.name)
+    with pytest.raises(SystemExit, match="error: data: holds other images than those of the run to resume; start again without --resume"):
+        main(["--resume", "--epochs", "2", "--device", "cpu"])
+
+
+def test_ctrl_c_before_an_epoch_is_done_promises_nothing(run, monkeypatch):
+    run("--epochs", 1)
+
+    def interrupt(*args, **more):
+        raise KeyboardInterrupt
+
+    os.utime("models/checkpoint.pt", (1, 1))  # of an older run
+    monkeypatch.setattr(train, "evaluate", interrupt)
+    with pytest.raises(SystemExit, match="interrupted before an epoch was finished: nothing is saved"):
+        run("--epochs", 2)
+
+
+def test_a_closed_pipe_ends_training_as_ctrl_c_does(mouths, tmp_path):
+    process = start(mouths, tmp_path)
+    while not process.stdout.readline().startswith("epoch   2"):
+        pass
+    process.stdout.close()
+    assert process.wait(60) == 1 and "all finished epochs are saved" in process.stderr.read()
+    process.stderr.close()
 
 
 def test_a_checkpoint_cannot_lead_the_curves_out_of_logs(run, tmp_path):
@@ -453,7 +508,8 @@ def test_settings_that_cannot_work_are_one_clear_error(inside, mouths, tmp_path)
     assert "no run to resume" in inside("train.py", "--resume", check=1).stderr
     for flags, why in (
             (("--device", "x\x1b[2J"), r"--device x\x1b[2J: this machine has "), (("--smoothing", 2), "--smoothing must be between 0 and 1"),
-            (("--seed", 10**20), "--seed must be between"), (("--epochs", 0), "--epochs must be at least 1")):
+            (("--seed", 10**20), "--seed must be between"), (("--rotate", "nan"), "--rotate must be between 0 and 180"),
+            (("--lr", -1), "--lr must be more than 0"), (("--epochs", 0), "--epochs must be at least 1")):
         assert why in inside("train.py", *flags, check=2).stderr
     shutil.rmtree(tmp_path / "data" / "val" / "dark")
     assert "class dark is not in" in inside("train.py", check=1).stderr
