@@ -193,7 +193,14 @@ def predict(model, crops):
     Returns
     -------
     float32 tensor of shape (len(crops), nclass) on the CPU, rows that sum to 1
+
+    Raises
+    ------
+    ValueError
+        `crops` is a single image.
     """
+    if getattr(crops, "ndim", 4) == 3:  # whose rows would be taken for crops
+        raise ValueError("crops is one image; predict takes a list of them")
     if not len(crops):
         return torch.empty(0, len(model.classes))
     batch = torch.stack([square(crop) for crop in crops]).to(model.fc3.weight.device)
@@ -512,6 +519,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.export and not args.model:
         parser.error("--export needs a model")
+    if args.export and args.export.resolve() == args.model.resolve():
+        parser.error("--export would replace the weights; name another file")
     try:
         net = load_model(args.model) if args.model else simpleconv3(len(CLASSES))
         if args.export:

@@ -215,11 +215,14 @@ def test_predict_takes_crops_of_any_size():
     assert out.shape == (2, 4)
     torch.testing.assert_close(out.sum(1), torch.ones(2))
     assert predict(model, []).shape == (0, 4)
+    with pytest.raises(ValueError, match="crops is one image; predict takes a list of them"):
+        predict(model, np.zeros((128, 128, 3), np.uint8))
 
 
 def test_command_line_shows_layers_and_parameters(inside, tmp_path):
     assert "1,608,980" in inside("net.py").stdout
     save_model(simpleconv3(2), tmp_path / "two.pt")
+    assert "--export would replace the weights" in inside("net.py", "two.pt", "--export", "./two.pt", check=2).stderr
     (tmp_path / "two.json").unlink()
     out = inside("net.py", "two.pt").stdout
     assert "fc3" in out and "1,608,722" in out and "classes: 0, 1" in out
