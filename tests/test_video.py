@@ -100,6 +100,15 @@ def test_a_moving_face_keeps_its_number_and_its_mouth_is_where_the_frame_shows_i
         assert np.abs(np.subtract(alone, moment.faces[0].mouth)).max() < side / 4
 
 
+def test_a_change_of_expression_comes_over_some_frames(model, orl, tmp_path):
+    clip = write_clip(tmp_path / "clip.avi", orl, "MJPG", [("s05_1", 0.5), ("s05_1", 1.0)])  # the same face grows bright
+    moments = list(predict_video(cv2.VideoCapture(str(clip)), load_model(model)))
+    assert [moment.numbers for moment in moments] == [[1]] * (2 * HOLD)
+    rows = np.array([moment.probabilities[0] for moment in moments])
+    assert rows[HOLD - 1].argmax() != rows[-1].argmax() and np.abs(rows[-1] - rows[HOLD - 1]).max() > 0.6
+    assert np.abs(np.diff(rows, axis=0)).max() < 0.26
+
+
 def test_two_faces_have_two_numbers(model, orl, tmp_path):
     writer = cv2.VideoWriter(str(tmp_path / "two.avi"), cv2.VideoWriter_fourcc(*"MJPG"), RATE, (480, 240))
     for i in range(15):
