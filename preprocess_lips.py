@@ -1034,6 +1034,8 @@ def main(argv=None):
     try:
         if not args.photos.is_dir():
             raise FileNotFoundError(f"{args.photos}: no such folder; put photos in {args.photos}/<class>/ or name another")
+        if args.photos.resolve() in (args.crops.resolve(), *args.crops.resolve().parents):
+            raise ValueError(f"{args.crops}: lies within {args.photos}, and the next run would take the crops for photos; name another folder")
         landmark_file()
         start = time.perf_counter()
         rows, new = preprocess(args.photos, args.crops, min(max(1, args.workers), 61))  # Windows waits for no more

@@ -312,3 +312,4 @@ def test_errors_name_the_folder_and_the_way_out(shell, tmp_path):
     assert "error: data/raw: no such folder; put photos in" in shell("preprocess_lips.py", check=1).stderr.replace("\\", "/")
     (tmp_path / "data" / "raw").mkdir(parents=True)
     assert "no photos in class folders" in shell("preprocess_lips.py", check=1).stderr
+    assert "lies within" in shell("preprocess_lips.py", "data", "data/lips", check=1).stderr
