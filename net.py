@@ -343,6 +343,12 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
+def escape_output():
+    """Print letters that the terminal, or Windows in a pipe, does not have as escapes instead of failing on them."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def reason(error):
     """What an error of any kind says, in one printable line of at most 200 characters, or its name where it says nothing."""
     return printable(" ".join(str(error).split()))[:200] or type(error).__name__
@@ -509,8 +515,7 @@ def layer_table(net):
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # class names may have letters that the terminal, or Windows in a pipe, has not
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_output()
     description, *_, examples = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="weights to show; without: a new four-class network")

@@ -43,7 +43,7 @@ from torch.utils.tensorboard.summary import Summary, hparams
 from tqdm import tqdm
 
 from net import (
-    CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, locked, logits_of, normalize, printable, read_saved, reason,
+    CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, escape_output, locked, logits_of, normalize, printable, read_saved, reason,
     save_model, simpleconv3, square, writing)
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
@@ -834,10 +834,12 @@ def train(args):
             raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {begun} epochs cannot be resumed for another number")
     judged = average.net if average else net  # what is validated and saved
     model = DistributedDataParallel(net) if world > 1 else net
-    counts = torch.bincount(labels, minlength=len(classes))
-    if world > 1:
-        dist.all_reduce(counts)
-    weights = class_weights(counts, args.balance) if args.balance else None
+    weights = None
+    if args.balance:
+        counts = torch.bincount(labels, minlength=len(classes))
+        if world > 1:
+            dist.all_reduce(counts)
+        weights = class_weights(counts, args.balance)
 
     log = None
     if rank == 0:
@@ -970,8 +972,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # class names may have letters that the terminal, or Windows in a pipe, has not
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_output()
     # TensorBoard's thread hands its errors on; they need not be shown twice
     threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
     args, begun = None, time.time()
