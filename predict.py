@@ -49,13 +49,14 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from net import load_model, predict
-from preprocess_lips import Face, LipCropper, columns, cores, label_font, pad, plain, read_photo, write_file
+from preprocess_lips import Face, LipCropper, columns, cores, end_output, label_font, pad, plain, read_photo, write_file
 
 BATCH = 32  # photos whose faces go through the network together
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
 VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
 SEARCH_EVERY = 6  # frames of a video; in between, known faces are followed
 SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in a video
+MOST_SHOWN = 48  # mouths in the picture of those that the model contradicts
 LEAD = 0.1  # by which a label must beat the one printed before to be a change
 PATIENCE = 15  # frames for which a face that is out of sight keeps its number
 
@@ -339,7 +340,7 @@ def evaluation_table(scores):
     lines += ["", f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
                   f" on {scores['images']} images" + (f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else "")]
     if scores["contradicted"]:
-        lines += ["", "most confidently contradicted (wrong labels are among them; --save DIR shows the first 48):"]
+        lines += ["", f"most confidently contradicted (wrong labels are among them; --save DIR shows the first {MOST_SHOWN}):"]
         lines += [f"  {one['source']}  {one['label']} {one['probability']:.1%}" for one in scores["contradicted"][:8]]
     return lines
 
@@ -385,9 +386,9 @@ def run_evaluation(folder, model, crops):
     return scores, against
 
 
-def contradictions_sheet(against, side=150, columns=6, most=48):
+def contradictions_sheet(against, side=150, columns=6):
     """Mouths that the model contradicts, most confident first, with folder, label and probability: PIL image."""
-    against = against[:most]
+    against = against[:MOST_SHOWN]
     rows = -(-len(against) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + 40)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -688,8 +689,8 @@ def main(argv=None):
             predict_and_print(args, model)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        end_output()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {plain(error)}")
 
@@ -713,9 +714,9 @@ def predict_and_print(args, model):
     files = list_inputs(args.inputs, videos=not args.crops)
     if args.save:
         # what an earlier run saved within a folder that is searched
-        inside = [path for path in args.inputs if path.is_dir() and path.resolve() in args.save.resolve().parents]
-        files = [(file, relative) for file, relative in files
-                 if not (inside and args.save.resolve() in file.resolve().parents) or file in args.inputs]
+        save = args.save.resolve()
+        if any(path.is_dir() and path.resolve() in save.parents for path in args.inputs):
+            files = [(file, relative) for file, relative in files if save not in file.resolve().parents or file in args.inputs]
         page = args.save / "index.html"
         if page.is_file() and b"<title>Expressions</title>" not in page.read_bytes():
             raise ValueError(f"{page}: is not of this program; --save another folder")
@@ -724,14 +725,19 @@ def predict_and_print(args, model):
     photos = faces = 0
     failed = False
     originals = {file.resolve().parent for file, _ in files}  # where nothing is written over
-    cards, used = [], {str(file.resolve()).casefold() for file, _ in files}  # disks may not tell a.JPG from a.jpg
+
+    def place(path):
+        """A file's place, the same for all its names: disks may not tell a.JPG from a.jpg."""
+        return str(path.resolve()).casefold()
+
+    cards, used = [], {place(file) for file, _ in files}
 
     def unused(relative, suffix):
         """Where in the folder of --save a copy goes: over none of the inputs, and over no other copy."""
         names = (f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}" for n in itertools.count(1))
         target = next(path for path in map((args.save / relative).with_name, names)
-                      if str(path.resolve()).casefold() not in used and not (path.exists() and path.resolve().parent in originals))
-        used.add(str(target.resolve()).casefold())
+                      if place(path) not in used and not (path.exists() and path.resolve().parent in originals))
+        used.add(place(target))
         return target
 
     try:

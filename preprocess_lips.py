@@ -602,6 +602,11 @@ def plain(text):
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def end_output():
+    """Print nothing more: who read it, such as `head`, has seen enough and gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def columns(text):
     """How many columns of a terminal a text takes: Chinese letters take two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
@@ -1061,8 +1066,8 @@ def main(argv=None):
                     f"a look at them in {args.crops / 'preview.jpg'}"))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what is done is kept; the same command goes on from there")
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        end_output()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {plain(error)}")
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocess_lips import MANIFEST, columns, cores, is_name, locked, pad, perceptual_hash, plain, read_csv, sweep, temporary, write_csv, writing
+from preprocess_lips import MANIFEST, columns, cores, end_output, is_name, locked, pad, perceptual_hash, plain, read_csv, sweep, temporary, write_csv, writing
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
@@ -348,8 +348,8 @@ def main(argv=None):
         sys.exit(f"error: {plain(error)}")
     try:
         report(args, rows, foreign, alike, alone)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        end_output()
 
 
 def report(args, rows, foreign, alike, alone):
