@@ -107,7 +107,7 @@ def predict_photos(sources, model, crops=False, workers=None):
                 box = (0, 0, crop.shape[1], crop.shape[0])
                 faces = [Face(box, None, box, crop, "")]
             else:
-                faces, _, _ = cropper.find(source)
+                faces, *_ = cropper.find(source)
         except OSError as error:
             return Result(source, [], None, f"unreadable: {error.strerror or error}")
         return Result(source, faces, None, "" if faces else "no face found")

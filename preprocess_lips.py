@@ -329,6 +329,8 @@ class LipCropper:
             As `look` returns it.
         size : (int, int)
             Width and height of the photo.
+        photo : uint8 array of shape (H, W, 3)
+            As it was searched: a large JPEG at a fraction of its size.
 
         Raises
         ------
@@ -339,7 +341,7 @@ class LipCropper:
         photo, size = _decode(source, DECODE_SIDE)
         scale = size[0] / photo.shape[1]
         if unusable(size):
-            return [], 0, size
+            return [], 0, size, photo
         faces, doubtful = self.look(photo, largest)
         if scale > 1:
             small = any(face.mouth[2] - face.mouth[0] < CROP_SIDE for face in faces)
@@ -349,7 +351,7 @@ class LipCropper:
                 mouth = mouth_box(landmarks)
                 crop = cut(whole, mouth, CROP_SIDE) if small else face.crop
                 faces[i] = Face(tuple(round(v * scale) for v in face.box), landmarks, mouth, crop, face.detector)
-        return faces, doubtful, size
+        return faces, doubtful, size, photo
 
     def follow(self, photo, landmarks):
         """Find a face again in the next frame of a video, from where it was: a fraction of the time of a search.
@@ -622,26 +624,19 @@ def is_name(text):
     return text not in ("", "..") and Path(text).name == text
 
 
-def perceptual_hash(source, side=16):
+def perceptual_hash(image, side=16):
     """Which neighbours in a grey miniature of an image grow brighter to the right: the difference hash.
 
     Parameters
     ----------
-    source : path-like or binary file
+    image : PIL.Image.Image
 
     Returns
     -------
     str
-        256 bits as 64 hexadecimal digits; empty for what is no readable image.
+        256 bits as 64 hexadecimal digits.
     """
-    try:
-        with Image.open(source) as image:
-            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
-                return ""
-            image.draft("L", (4 * side, 4 * side))
-            grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
-    except Exception:  # decoders raise almost anything; train.py names the file
-        return ""
+    grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
     return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
 
 
@@ -675,7 +670,7 @@ def process_photo(cropper, photos, crops, source, label, write=write_file):
     if data is None:
         return row
     try:
-        faces, doubtful, size = cropper.find(data, largest=True)
+        faces, doubtful, size, photo = cropper.find(data, largest=True)
     except (OSError, MemoryError, cv2.error):
         return row
     if unusable(size):
@@ -686,7 +681,7 @@ def process_photo(cropper, photos, crops, source, label, write=write_file):
     row |= {"face": _box_text(face.box), "mouth": _box_text(face.mouth), "detector": face.detector}
     if face.mouth[2] - face.mouth[0] < MIN_MOUTH:
         return row | {"status": "too_small"}
-    row |= {"status": "ok", "crop": crop_name(label, row["sha1"]), "look": perceptual_hash(io.BytesIO(data))}
+    row |= {"status": "ok", "crop": crop_name(label, row["sha1"]), "look": perceptual_hash(Image.fromarray(photo))}
     _, jpeg = cv2.imencode(".jpg", face.crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
     write(crops / label / row["crop"], jpeg.tobytes())
     return row

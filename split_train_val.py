@@ -54,6 +54,18 @@ def group_of(path, pattern):
     return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)
 
 
+def crop_hash(path):
+    """The `perceptual_hash` of an image file; empty for what is no readable image."""
+    try:
+        with Image.open(path) as image:
+            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+                return ""
+            image.draft("L", (64, 64))
+            return perceptual_hash(image)
+    except Exception:  # decoders raise almost anything; train.py names the file
+        return ""
+
+
 def near_pairs(hashes, distance=HASH_DISTANCE):
     """All pairs of hashes that differ in few bits, without comparing every hash with every other.
 
@@ -130,7 +142,7 @@ def look_alikes(crops, files, photos):
     list of pairs of files
     """
     with ThreadPoolExecutor(cores()) as pool:
-        hashes = pool.map(lambda file: perceptual_hash(crops.joinpath(*file)), files)
+        hashes = pool.map(lambda file: crop_hash(crops.joinpath(*file)), files)
         hashes = list(tqdm(hashes, total=len(files), desc="comparing", unit="crop", leave=False, disable=None))
     pairs = []
     for looks in (zip(files, hashes), ((file, photos.get(file, "")) for file in files)):

@@ -401,7 +401,7 @@ def fuzz(n, seed, files, report):
         faulthandler.dump_traceback_later(60, exit=True)
         began = time.perf_counter()
         try:
-            faces, _, _ = preprocess_lips._cropper.find(data, largest=True)
+            faces, *_ = preprocess_lips._cropper.find(data, largest=True)
             counts["face" if faces else "no face"] += 1
         except OSError:
             counts["unreadable"] += 1

@@ -141,7 +141,7 @@ def test_large_jpegs_give_the_boxes_and_crops_of_the_whole_photo(orl, cropper, t
         canvas[200:200 + size[1], 900:900 + size[0]] = cv2.resize(orl["s05_1"], size)[..., None]
         path = tmp_path / f"{side}.jpg"
         Image.fromarray(canvas).save(path, quality=95)
-        (face,), _, (width, height) = cropper.find(path, largest=True)
+        (face,), _, (width, height), _ = cropper.find(path, largest=True)
         (whole,) = cropper(read_photo(path), largest=True)
         assert (width, height) == (side * 4 // 3, side)
         assert np.abs(np.subtract(face.mouth, whole.mouth)).max() < 0.05 * (whole.mouth[2] - whole.mouth[0])

@@ -120,7 +120,7 @@ def main():
         errors, missed = [], 0
         for row in csv.DictReader(open(args.tight / "labels.csv", newline="")):
             x0, y0, x1, y1 = (float(row[key]) for key in ("mouth_box_x0", "y0", "x1", "y1"))
-            faces, _, _ = cropper.find(args.tight / row["file"], largest=True)
+            faces, *_ = cropper.find(args.tight / row["file"], largest=True)
             missed += not faces
             for face in faces:
                 a, b, c, d = face.mouth
