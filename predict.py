@@ -49,7 +49,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from net import load_model, predict
-from preprocess_lips import Face, LipCropper, columns, cores, end_output, label_font, pad, plain, read_photo, write_file
+from preprocess_lips import HEIC, Face, LipCropper, columns, cores, end_output, label_font, pad, plain, read_photo, write_file
 
 BATCH = 32  # photos whose faces go through the network together
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
@@ -269,7 +269,7 @@ def is_video(path):
 
 def list_inputs(inputs, videos=False):
     """Pairs of (photo, its path below its input); folders are searched at any depth for image files, and for videos if asked."""
-    found, suffixes = [], (Image.registered_extensions().keys() - VIDEOS) | (VIDEOS if videos else set())
+    found, suffixes = [], (Image.registered_extensions().keys() - VIDEOS).union(HEIC, VIDEOS if videos else ())
     for path in inputs:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()

@@ -66,6 +66,12 @@ STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small"
 MANIFEST = "manifest.csv"
 JOURNAL = "manifest.csv.part"
 
+HEIC = (".heic", ".heif", ".hif")  # what iPhones make
+with contextlib.suppress(ImportError):  # Pillow reads them with its help; nothing else needs it
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 # Pillow warns of photos over 89 million pixels, which are read here like others up to MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -148,6 +154,8 @@ def _decode(source, least=None):
                 size = size[::-1]
             return _rgb(image), size
     except UnidentifiedImageError:  # which names an object in memory
+        if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+            raise OSError("HEIC; 'pip install pillow-heif', and it can be read") from None
         raise OSError("no image, or of a kind that Pillow does not know") from None
     except OSError:
         raise
@@ -865,8 +873,15 @@ def _is_ours(row):
     return is_name(row["class"]) and is_name(row["crop"]) and row["crop"] == crop_name(row["class"], row["sha1"])
 
 
-def _worth_a_try(path):
-    """Whether a photo whose content could not be read before can be now; its permissions may have changed."""
+def _is_heic(row):
+    """Whether a row is of an unreadable photo that pillow-heif may be able to read."""
+    return row["status"] == "unreadable" and row["source"].lower().endswith(HEIC)
+
+
+def _worth_a_try(row, path):
+    """Whether a photo that could not be read before can be now: its permissions, or what is installed, may have changed."""
+    if row["sha1"]:
+        return _is_heic(row) and HEIC[0] in Image.registered_extensions()
     return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
 
 
@@ -975,7 +990,7 @@ def preprocess(photos, crops, workers):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     journal = crops / f"{JOURNAL}{rank}"
     with locked(journal if rank else crops / ".lock"):
-        before = [row for row in read_csv(crops / MANIFEST) if row["sha1"] or not _worth_a_try(photos / row["source"])]
+        before = [row for row in read_csv(crops / MANIFEST) if not _worth_a_try(row, photos / row["source"])]
 
         def known():
             """What earlier runs and the other processes of this one have done."""
@@ -1050,6 +1065,9 @@ def main(argv=None):
         for folder in sorted(args.photos.iterdir()):
             if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
                 print(plain(f"{folder}: empty, so there is no class of this name"))
+        heic = sum(map(_is_heic, rows))
+        if heic and HEIC[0] not in Image.registered_extensions():
+            print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' and the same command again would read")
         known = "known from before" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else "by the other processes, or known from before"
         print(f"{new} photos looked at in {seconds:.1f} s, {len(rows) - new} {known}")
         if not any(row["status"] == "ok" for row in rows):

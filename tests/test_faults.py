@@ -34,6 +34,7 @@ from PIL import Image
 import hostile
 import preprocess_lips
 from conftest import ROOT
+from net import save_model, simpleconv3
 from preprocess_lips import COLUMNS, MAX_MEMORY, MAX_PIXELS, TEMPORARY, crop_name, locked, plain, preprocess, read_csv, read_photo, write_csv, write_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
@@ -276,6 +277,23 @@ def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(permitted, tmp
         path.chmod(0o700)
     permitted("preprocess_lips.py", "photos", "crops")
     assert sorted(row["status"] for row in rows_of(tmp_path / "crops").values()) == ["duplicate", "duplicate", "ok"]
+
+
+def test_heic_photos_name_the_package_that_reads_them_and_are_tried_again_with_it(shell, tmp_path, face):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    folder = tmp_path / "photos" / "a"
+    folder.mkdir(parents=True)
+    face.save(folder / "usual.png")
+    pillow_heif.from_pillow(face).save(folder / "IMG_0001.HEIC")
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "pillow_heif.py").write_text("raise ImportError")
+    without = {"PYTHONPATH": str(tmp_path / "without")}
+    assert "1 of the unreadable ones are HEIC, which 'pip install pillow-heif'" in shell("preprocess_lips.py", "photos", "crops", env=without).stdout
+    save_model(simpleconv3(4), tmp_path / "models" / "model.pt")
+    assert "unreadable: HEIC; 'pip install pillow-heif'" in shell("predict.py", folder, env=without).stdout
+    assert shell("preprocess_lips.py", "photos", "crops").stdout.count("HEIC") == 0
+    assert {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()} == {"a/IMG_0001.HEIC": "ok", "a/usual.png": "ok"}
+    assert "IMG_0001.HEIC  face 1" in shell("predict.py", folder).stdout
 
 
 @posix
