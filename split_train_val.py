@@ -378,6 +378,10 @@ def report(args, rows, foreign, alike, alone):
         print(plain(f"groups of their own, because --group finds nothing in their paths: {len(alone)} crops, such as that of {alone[0]}"))
     if alike[0]:
         print(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
+    suffixes = Image.registered_extensions()
+    deeper = [path for path in sorted(args.crops.glob("[!.]*/[!.]*/**/*")) if path.suffix.lower() in suffixes and path.is_file()]
+    if deeper:
+        print(plain(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in folders below, such as {deeper[0]}"))
     for path in foreign[:5]:
         print(plain(f"left alone, not made by this script: {path}"))
     if len(foreign) > 5:

@@ -188,6 +188,14 @@ def test_a_class_without_validation_is_told(tmp_path, crops, capsys):
     assert "a: none in val, because all its crops belong together" in capsys.readouterr().out
 
 
+def test_crops_below_the_class_folders_are_counted_not_forgotten(tmp_path, crops, capsys):
+    for path in ("b/more/deep/x.jpg", "b/more/y.PNG", "b/more/notes.txt", "b/.hidden/z.jpg"):
+        (crops / path).parent.mkdir(parents=True, exist_ok=True)
+        (crops / path).write_text("x")
+    assert len(split(tmp_path)) == 72
+    assert f"2 images in folders below, such as {crops / 'b/more/deep/x.jpg'}\n" in capsys.readouterr().out
+
+
 def test_groups_that_share_a_pair_become_one():
     groups = {1: "b", 2: "b", 3: "a", 4: "c", 5: "d"}
     assert merge(groups, [(1, 3), (4, 2)]) == {1: "a", 2: "a", 3: "a", 4: "a", 5: "d"}
