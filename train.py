@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from net import (
     CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, escape_output, locked, logits_of, normalize, printable, read_saved, reason,
-    save_model, simpleconv3, square, writing)
+    save_model, simpleconv3, square)
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
@@ -109,10 +109,10 @@ def load_images(paths, size, cache, name="images"):
     size : int
         Side of the results: shorter side resized to it, central square kept.
     cache : Path
-        Folder for the file that takes the images where they do not fit in half of the free memory. It is
+        Holds the file that takes the images where they do not fit in half of the free memory. It is
         used again as long as the images' names, sizes and times are the same; others of `name` are removed.
     name : str
-        Of the cached file, and shown at the progress bar.
+        Of the file's folder, and shown at the progress bar.
 
     Returns
     -------
@@ -123,28 +123,35 @@ def load_images(paths, size, cache, name="images"):
     OSError
         An image cannot be decoded, or is larger than `MAX_SIDE` or `MAX_BYTES`; the message names it.
     """
-    shape, target, temporary = (len(paths), 3, size, size), None, None
+    shape, target = (len(paths), 3, size, size), None
     if np.prod(shape, dtype=float) > free_memory() / 2:
         about = [(str(path), (state := path.stat()).st_size, state.st_mtime_ns) for path in paths]
-        target = cache / f"{name}-{hashlib.sha1(repr((about, size)).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.u8"
-    for old in cache.glob(f"{name}-*"):
+        target = cache / name / f"{hashlib.sha1(repr((about, size)).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.u8"
+    for old in (cache / name).glob("*.u8"):
         if old != target:
             old.unlink()
-    if target and target.is_file():
-        return torch.from_numpy(np.memmap(target, np.uint8, "r+", shape=shape))
-    if target:
-        temporary = target.with_suffix(".part")
-        with writing(temporary):
-            cache.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, not by a fatal signal later
-                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-                else:
-                    file.truncate(math.prod(shape))
-        images = np.memmap(temporary, np.uint8, "r+", shape=shape)
-    else:
+    if not target:
         images = np.empty(shape, np.uint8)
+        decode(paths, images, name)
+        return torch.from_numpy(images)
 
+    def fill(file):
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, not by a fatal signal later
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+        else:
+            file.truncate(math.prod(shape))
+        images = np.memmap(file.name, np.uint8, "r+", shape=shape)
+        decode(paths, images, name)
+        images.flush()
+
+    with locked(target.parent):
+        if not target.is_file():
+            atomic_write(target, fill)
+        return torch.from_numpy(np.memmap(target, np.uint8, "r+", shape=shape))
+
+
+def decode(paths, images, name):
+    """Decode images on all cores into `images`, uint8 array of shape (len(paths), 3, size, size); see `load_images`."""
     def load(some):
         for i in some:
             try:
@@ -162,7 +169,7 @@ def load_images(paths, size, cache, name="images"):
                     ImageOps.exif_transpose(image, in_place=True)
                     if image.has_transparency_data:
                         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-                    images[i] = square(image, size).numpy()
+                    images[i] = square(image, images.shape[3]).numpy()
             except Exception as error:  # decoders raise almost anything
                 raise OSError(f"{paths[i]}: not a readable image ({error}); remove it and run the command again") from None
         return len(some)
@@ -175,10 +182,6 @@ def load_images(paths, size, cache, name="images"):
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if target:
-        images.flush()
-        temporary.replace(target)
-    return torch.from_numpy(images)
 
 
 def load_data(data, rank=0, world=1):

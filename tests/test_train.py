@@ -17,7 +17,7 @@ from torchvision import transforms
 import hostile
 import train
 from conftest import ROOT
-from net import load_model, simpleconv3, square
+from net import load_model, locked, simpleconv3, square
 from preprocess_lips import read_photo
 from train import confusion_matrix, draw_matrix, evaluate, jitter, load_images, main, random_boxes, resample
 
@@ -117,15 +117,32 @@ def test_images_that_do_not_fit_in_memory_live_in_a_file(mouths, tmp_path, monke
     paths = sorted((mouths / "data" / "train").glob("*/*.png"))
     monkeypatch.setattr(train, "free_memory", lambda: 1)
     mapped = load_images(paths, 64, tmp_path, "train")
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("train/*.u8")
     assert file.stat().st_size == mapped.numel() == len(paths) * 3 * 64 * 64
     stamp = file.stat().st_mtime_ns
     again = load_images(paths, 64, tmp_path, "train")
     assert file.stat().st_mtime_ns == stamp and torch.equal(again, mapped)
     other = load_images(paths[1:], 64, tmp_path, "train")  # the old file is no longer true, and goes
-    assert [p.stat().st_size for p in tmp_path.iterdir()] == [other.numel()]
+    assert [p.stat().st_size for p in tmp_path.glob("train/*.u8")] == [other.numel()]
     monkeypatch.undo()
-    assert torch.equal(load_images(paths, 64, tmp_path, "train"), mapped) and not list(tmp_path.iterdir())
+    assert torch.equal(load_images(paths, 64, tmp_path, "train"), mapped) and not list(tmp_path.glob("train/*.u8"))
+
+
+def test_two_trainings_do_not_fill_one_file_of_images_and_a_killed_one_leaves_none(mouths, tmp_path, monkeypatch):
+    paths = sorted((mouths / "data" / "train").glob("*/*.png"))
+    monkeypatch.setattr(train, "free_memory", lambda: 1)
+    with locked(tmp_path / "train"), pytest.raises(BlockingIOError, match="train: another run is at work there; wait for its end$"):
+        load_images(paths, 64, tmp_path, "train")
+    (tmp_path / "train" / ".0123456789abcdef.tmp").write_bytes(bytes(99))
+    load_images(paths, 64, tmp_path, "train")
+    assert [p.suffix for p in sorted((tmp_path / "train").iterdir()) if p.name != ".lock"] == [".u8"]
+    (paths[0].parent / "bad.png").write_bytes(b"no image")
+    try:
+        with pytest.raises(OSError, match="bad.png: not a readable image"):
+            load_images([*paths, paths[0].parent / "bad.png"], 64, tmp_path, "train")
+    finally:
+        (paths[0].parent / "bad.png").unlink()
+    assert [p.name for p in (tmp_path / "train").iterdir()] == [".lock"]
 
 
 @pytest.fixture
