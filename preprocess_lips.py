@@ -67,10 +67,12 @@ MANIFEST = "manifest.csv"
 JOURNAL = "manifest.csv.part"
 
 HEIC = (".heic", ".heif", ".hif")  # what iPhones make
-with contextlib.suppress(ImportError):  # Pillow reads them with its help; nothing else needs it
+try:  # Pillow reads them with its help; nothing else needs it
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
 
 # Pillow warns of photos over 89 million pixels, which are read here like others up to MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -154,7 +156,7 @@ def _decode(source, least=None):
                 size = size[::-1]
             return _rgb(image), size
     except UnidentifiedImageError:  # which names an object in memory
-        if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        if not pillow_heif and data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
             raise OSError("HEIC; 'pip install pillow-heif', and it can be read") from None
         raise OSError("no image, or of a kind that Pillow does not know") from None
     except OSError:
@@ -881,7 +883,7 @@ def _is_heic(row):
 def _worth_a_try(row, path):
     """Whether a photo that could not be read before can be now: its permissions, or what is installed, may have changed."""
     if row["sha1"]:
-        return _is_heic(row) and HEIC[0] in Image.registered_extensions()
+        return bool(pillow_heif) and _is_heic(row)
     return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
 
 
@@ -1066,7 +1068,7 @@ def main(argv=None):
             if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
                 print(plain(f"{folder}: empty, so there is no class of this name"))
         heic = sum(map(_is_heic, rows))
-        if heic and HEIC[0] not in Image.registered_extensions():
+        if heic and not pillow_heif:
             print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' and the same command again would read")
         known = "known from before" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else "by the other processes, or known from before"
         print(f"{new} photos looked at in {seconds:.1f} s, {len(rows) - new} {known}")

@@ -26,7 +26,7 @@ FORMATS = {
     "deflate.tif": dict(format="TIFF", compression="tiff_adobe_deflate"), "jpeg.tif": dict(format="TIFF", compression="jpeg"),
     "packbits.tif": dict(format="TIFF", compression="packbits"), "float.tif": dict(format="TIFF", mode="F"),
     "lab.tif": dict(format="TIFF", mode="LAB"), "ppm": dict(format="PPM"), "tga": dict(format="TGA"), "rle.tga": dict(format="TGA", compression="tga_rle"),
-    "ico": dict(format="ICO"), "icns": dict(format="ICNS"), "jp2": dict(format="JPEG2000"), "avif": dict(format="AVIF"),
+    "ico": dict(format="ICO"), "icns": dict(format="ICNS"), "jp2": dict(format="JPEG2000"), "avif": dict(format="AVIF"), "heic": dict(format="HEIF"),
     "pcx": dict(format="PCX"), "sgi": dict(format="SGI"), "dds": dict(format="DDS"), "mpo": dict(format="MPO"), "im": dict(format="IM"),
     "msp": dict(format="MSP", mode="1"), "xbm": dict(format="XBM", mode="1"), "spider": dict(format="SPIDER", mode="F"), "qoi": dict(format="QOI"),
     "blp": dict(format="BLP", mode="P"),

@@ -294,6 +294,8 @@ def test_heic_photos_name_the_package_that_reads_them_and_are_tried_again_with_i
     assert shell("preprocess_lips.py", "photos", "crops").stdout.count("HEIC") == 0
     assert {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()} == {"a/IMG_0001.HEIC": "ok", "a/usual.png": "ok"}
     assert "IMG_0001.HEIC  face 1" in shell("predict.py", folder).stdout
+    (folder / "IMG_0001.HEIC").write_bytes((folder / "IMG_0001.HEIC").read_bytes()[:200])
+    assert "pip" not in (said := shell("predict.py", folder).stdout) and "IMG_0001.HEIC  unreadable" in said
 
 
 @posix
