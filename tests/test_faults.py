@@ -34,7 +34,6 @@ from PIL import Image
 import hostile
 import preprocess_lips
 from conftest import ROOT
-from net import save_model, simpleconv3
 from preprocess_lips import COLUMNS, MAX_MEMORY, MAX_PIXELS, TEMPORARY, crop_name, locked, plain, preprocess, read_csv, read_photo, write_csv, write_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
@@ -280,6 +279,8 @@ def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(permitted, tmp
 
 
 def test_heic_photos_name_the_package_that_reads_them_and_are_tried_again_with_it(shell, tmp_path, face):
+    from net import save_model, simpleconv3  # here, because the processes that other tests start import this file
+
     pillow_heif = pytest.importorskip("pillow_heif")
     folder = tmp_path / "photos" / "a"
     folder.mkdir(parents=True)
