@@ -124,7 +124,7 @@ def load_images(paths, size, cache, name="images"):
         An image cannot be decoded, or is larger than `MAX_SIDE` or `MAX_BYTES`; the message names it.
     """
     shape, target = (len(paths), 3, size, size), None
-    if np.prod(shape, dtype=float) > free_memory() / 2:
+    if math.prod(shape) > free_memory() / 2:
         about = [(str(path), (state := path.stat()).st_size, state.st_mtime_ns) for path in paths]
         target = cache / name / f"{hashlib.sha1(repr((about, size)).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.u8"
     for old in (cache / name).glob("*.u8"):
@@ -144,10 +144,10 @@ def load_images(paths, size, cache, name="images"):
         decode(paths, images, name)
         images.flush()
 
-    with locked(target.parent):
-        if not target.is_file():
+    if not target.is_file():
+        with locked(target.parent):
             atomic_write(target, fill)
-        return torch.from_numpy(np.memmap(target, np.uint8, "r+", shape=shape))
+    return torch.from_numpy(np.memmap(target, np.uint8, "r+", shape=shape))
 
 
 def decode(paths, images, name):
