@@ -25,19 +25,23 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tabulate import tabulate
 from torch import nn
 
 CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
 CROP_SIZE = 48  # side of the network's input in pixels
 MEAN = STD = 0.5  # of every RGB channel, on a scale of 0 to 1
-MIRROR = torch.eye(CROP_SIZE).flip(0)  # x @ MIRROR is x.flip(3), to the bit
-OPSET = 13  # of exported models: the lowest that says all, for old runtimes
-MAX_WEIGHTS, MAX_JSON = 16 * 2**20, 2**20  # bytes; four classes take 6.4 MB and about 1 KB
-# empty, . or .., a control character, a separator, half a surrogate pair, or longer than a folder's name may be
-NO_CLASS_NAME = re.compile(r"^\.{0,2}$|[\0-\x1f\x7f-\x9f/\\\ud800-\udfff]|.{256}", re.S)
+OPSET = 13  # of exported models: low, for old runtimes
+
+MODEL = Path("models/model.pt")  # what train.py writes
+PRETRAINED = Path(__file__).resolve().parent / "models" / "pretrained.pt"  # what comes with the project
+
+
+# --- the network
 
 
 class simpleconv3(nn.Module):
@@ -47,6 +51,15 @@ class simpleconv3(nn.Module):
     ----------
     nclass : int
         Number of classes, at least 1.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Names of the classes, in the order of the logits.
+    about : dict
+        Content of the JSON file beside the weights; empty for a new network.
+    path : Path or None
+        The file that `load_model` read.
 
     Notes
     -----
@@ -65,8 +78,9 @@ class simpleconv3(nn.Module):
         self.fc1 = nn.Linear(48 * 5 * 5, 1200)
         self.fc2 = nn.Linear(1200, 128)
         self.fc3 = nn.Linear(128, nclass)
-        self.about = {}
         self.classes = CLASSES if nclass == len(CLASSES) else tuple(map(str, range(nclass)))
+        self.about = {}
+        self.path = None
 
     def features(self, x):
         """The 128 activations before the last layer: float tensor N x 128, at least 0."""
@@ -81,6 +95,9 @@ class simpleconv3(nn.Module):
         return self.fc3(self.features(x))
 
 
+# --- from a crop to the network's input
+
+
 def square(image, size=CROP_SIZE):
     """Resize the shorter side to `size` and keep the central square.
 
@@ -88,7 +105,7 @@ def square(image, size=CROP_SIZE):
 
     Parameters
     ----------
-    image : PIL.Image.Image or uint8 array of shape (H, W, 3) or (H, W)
+    image : PIL.Image.Image or uint8 array of shape (H, W, 3), (H, W, 1) or (H, W)
         A mouth crop. Grey becomes RGB with three equal channels.
     size : int
         Side of the result in pixels.
@@ -96,21 +113,30 @@ def square(image, size=CROP_SIZE):
     Returns
     -------
     uint8 tensor of shape (3, size, size)
+
+    Raises
+    ------
+    ValueError
+        `image` is an array of another type or shape.
     """
     if not isinstance(image, Image.Image):
+        image = np.asarray(image)
+        if image.ndim == 3 and image.shape[2] == 1:
+            image = image[..., 0]
+        if image.dtype != np.uint8 or image.ndim != 2 and image.shape[2:] not in ((3,), (4,)):
+            raise ValueError(f"a crop is {image.dtype} of shape {image.shape}, not uint8 of H x W x 3")
         image = Image.fromarray(image)
     width, height = image.size
     short = min(width, height)
-    if max(width, height) > 32 * short:  # a strip: enlarged, it would fill gigabytes, of which the middle is kept
+    if max(width, height) > 32 * short:  # enlarged, a strip would fill gigabytes, and only its middle is kept
         left, top = max(0, width // 2 - 8 * short), max(0, height // 2 - 8 * short)
         image = image.crop((left, top, width - left, height - top))
         width, height = image.size
-    image = image.convert("RGB")
     width, height = int(size * width / short), int(size * height / short)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalize(images):
@@ -127,45 +153,16 @@ def normalize(images):
     return (images * (1 / (255 * STD))).sub_(MEAN / STD)
 
 
-def zoom(side):
-    """The matrix Z, 48 x 48, by which ``Z.T @ x @ Z`` enlarges the central square of `side` pixels of x to the whole."""
-    margin = (CROP_SIZE - side) // 2
-    lines = F.interpolate(torch.eye(side)[None], size=CROP_SIZE, mode="linear")[0]
-    return F.pad(lines, (0, 0, margin, CROP_SIZE - side - margin))
-
-
-def logits_of(model, x, flip=False, views=(CROP_SIZE,)):
-    """Logits of network inputs, the mean over several looks at each.
-
-    Parameters
-    ----------
-    model : simpleconv3
-    x : float tensor of shape (N, 3, 48, 48)
-    flip : bool
-        Look at the mirror image too.
-    views : sequence of int
-        Sides of the central squares to look at, enlarged to the whole; 48 is the whole.
-
-    Returns
-    -------
-    float tensor of shape (N, nclass)
-    """
-    # products from the right, not slices and flips: OpenCV misreads those in an exported model
-    looks = [x if side == CROP_SIZE else ((x @ (z := zoom(side).to(x))).transpose(2, 3) @ z).transpose(2, 3) for side in views]
-    if flip:
-        looks += [look @ MIRROR.to(x) for look in looks]
-    if len(looks) == 1:
-        return model(looks[0])
-    logits = model(torch.cat(looks))  # one pass
-    return logits.view(len(looks), -1, logits.shape[1]).mean(0)
+# --- prediction
 
 
 class Probabilities(nn.Module):
-    """What `predict` computes and `export_onnx` writes, from pixels on: a model with all that its ``about`` asks for.
+    """A model from grey levels to probabilities: what `predict` computes and `export_onnx` writes.
 
     Parameters
     ----------
     model : simpleconv3
+        Its ``about`` may hold a ``temperature``, by which the logits are divided.
     """
 
     def __init__(self, model):
@@ -174,9 +171,8 @@ class Probabilities(nn.Module):
 
     def forward(self, levels):
         """Class probabilities, float tensor N x nclass, of grey levels N x 3 x 48 x 48, 0 to 255."""
-        about = self.model.about
-        logits = logits_of(self.model, normalize(levels), about.get("flip", False), about.get("views", [CROP_SIZE]))
-        return (logits / about.get("temperature", 1.0)).softmax(1)
+        logits = self.model(normalize(levels).to(self.model.fc3.weight.dtype))
+        return (logits.float() / self.model.about.get("temperature", 1.0)).softmax(1)
 
 
 @torch.inference_mode()
@@ -186,9 +182,8 @@ def predict(model, crops):
     Parameters
     ----------
     model : simpleconv3
-        In eval mode, as `load_model` returns it; its ``about`` may ask for mirror images and enlarged
-        looks (``flip``, ``views``: see `logits_of`) and say by how much the logits are too sure (``temperature``).
-    crops : sequence of PIL images or uint8 arrays (H, W, 3) in RGB, any sizes
+        In eval mode, as `load_model` returns it; in half precision or in ``DataParallel``, too.
+    crops : sequence of PIL images or uint8 arrays (H, W, 3) in RGB or (H, W), any sizes
 
     Returns
     -------
@@ -197,14 +192,75 @@ def predict(model, crops):
     Raises
     ------
     ValueError
-        `crops` is a single image.
+        `crops` is a single image, or holds what is no image.
     """
-    if getattr(crops, "ndim", 4) == 3:  # whose rows would be taken for crops
+    if getattr(crops, "ndim", 4) < 4 or isinstance(crops, Image.Image):
         raise ValueError("crops is one image; predict takes a list of them")
+    model = getattr(model, "module", model)
     if not len(crops):
         return torch.empty(0, len(model.classes))
     batch = torch.stack([square(crop) for crop in crops]).to(model.fc3.weight.device)
     return Probabilities(model)(batch).cpu()
+
+
+# --- saving
+
+
+def write_file(path, data):
+    """Write bytes under a temporary name beside `path`, flush them to the disk, then rename.
+
+    Whoever reads `path`, at any moment and after any crash, finds the old content or the new one, whole.
+
+    Raises
+    ------
+    OSError
+        It cannot be written. The message names the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:  # a full disk's own message names no file
+        why = error.strerror or error
+        raise OSError(f"{path}: cannot be written ({why}); mend that and run the command again") from None
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # some network disks cannot flush a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def save_model(net, path, **about):
+    """Write the weights to `path` as a plain state dict and everything else to the JSON file beside it.
+
+    Parameters
+    ----------
+    net : simpleconv3
+        Its ``classes`` go into the JSON.
+    path : path-like
+        Usually ``models/model.pt``; the JSON is then ``models/model.json``.
+    **about
+        What a user of the model may ask: scores, the command that made it. Must fit in JSON.
+    """
+    path, weights = Path(path), io.BytesIO()
+    torch.save({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, weights)
+    about = {"classes": list(net.classes), "input_size": CROP_SIZE, "mean": MEAN, "std": STD,
+             "channels": "RGB"} | about
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, weights.getvalue())
+    write_file(path.with_suffix(".json"), text.encode())
 
 
 def export_onnx(model, path):
@@ -228,114 +284,39 @@ def export_onnx(model, path):
         import onnx
     except ImportError:
         raise ImportError("exporting needs one more package; 'pip install onnx' brings it") from None
-    levels, graph = torch.zeros(2, 3, CROP_SIZE, CROP_SIZE, device=model.fc3.weight.device), io.BytesIO()
+    levels = torch.zeros(2, 3, CROP_SIZE, CROP_SIZE, device=model.fc3.weight.device)
+    graph = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch recommends its newer exporter, which needs more packages
         torch.onnx.export(
-            Probabilities(model).eval(), (levels,), graph, dynamo=False, opset_version=OPSET, input_names=["levels"],
-            output_names=["probabilities"], dynamic_axes={"levels": {0: "N"}, "probabilities": {0: "N"}})
+            Probabilities(model).eval(), (levels,), graph, dynamo=False, opset_version=OPSET,
+            input_names=["levels"], output_names=["probabilities"],
+            dynamic_axes={"levels": {0: "N"}, "probabilities": {0: "N"}})
     graph = onnx.load_from_string(graph.getvalue())
     onnx.helper.set_model_props(graph, {
-        "classes": json.dumps(model.classes, ensure_ascii=False), "input_size": str(CROP_SIZE), "channels": "RGB",
-        "input": "grey levels, 0 to 255", "normalisation": f"in the graph, mean {MEAN} and std {STD} of levels / 255", "opset": str(OPSET)})
-    atomic_write(path, lambda file: file.write(graph.SerializeToString()))
+        "classes": json.dumps(model.classes, ensure_ascii=False),
+        "input_size": str(CROP_SIZE),
+        "channels": "RGB",
+        "input": "grey levels, 0 to 255",
+        "normalisation": f"in the graph, mean {MEAN} and std {STD} of levels / 255",
+        "opset": str(OPSET),
+    })
+    write_file(path, graph.SerializeToString())
 
 
-def atomic_write(path, write):
-    """Call ``write(file)`` on a temporary file beside `path`, flush it to disk, then rename it to `path`.
+# --- loading: weights and JSON may come from a stranger
 
-    Whoever reads `path`, at any moment and after any crash, finds the old content or the new one, whole.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-    if os.name == "posix":
-        with contextlib.suppress(OSError):  # some network disks cannot flush a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+MAX_FILE = 32 * 2**20  # bytes of a file; the weights of four classes take 6.4 MB, a checkpoint up to 26
+MAX_WEIGHTS = 16 * 2**20  # bytes of the weights themselves
+MAX_JSON = 2**20  # bytes; ours has about 1,000
 
+# Training scripts put the state dict into a larger dict under one of these names; train.py's is the first.
+WRAPPED = ("kept", "state_dict", "model_state_dict", "model", "net", "weights")
+# DataParallel, torch.compile, Lightning and AveragedModel put these before its keys.
+PREFIXES = re.compile(r"^((module|_orig_mod|model|net)\.)+")
 
-@contextlib.contextmanager
-def writing(path):
-    """Name the file in errors that come from writing it; a full disk's own message names none."""
-    try:
-        yield
-    except OSError as error:
-        if not error.strerror:  # one of ours, which says what there is to say
-            raise
-        raise OSError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again") from None
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason}); mend that and run the same command again") from None
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold a folder for this process alone. The system lets go of it when the process ends, however it ends.
-
-    What killed runs left half-written there is removed.
-
-    Raises
-    ------
-    BlockingIOError
-        Another process holds it.
-    """
-    folder, path = Path(folder), Path(folder) / ".lock"
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-    with file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                file.seek(1 << 30)  # beyond the end: Windows would let nobody read what is locked
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise BlockingIOError(f"{folder}: another run is at work there; wait for its end") from None
-        except OSError:
-            pass  # some network disks know no locks
-        for part in folder.glob("." + "[0-9a-f]" * 16 + ".tmp"):
-            part.unlink(missing_ok=True)
-        yield
-
-
-def save_model(net, path, **about):
-    """Write the weights to `path` as a plain state dict and everything else to the JSON file beside it.
-
-    Parameters
-    ----------
-    net : simpleconv3
-        Its ``classes`` go into the JSON.
-    path : path-like
-        Usually ``models/model.pt``; the JSON is then ``models/model.json``.
-    **about
-        What a user of the model may ask: scores, the command that made it. Must fit in JSON.
-    """
-    path = Path(path)
-    weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    about = {"classes": list(net.classes), "input_size": CROP_SIZE, "mean": MEAN, "std": STD, "channels": "RGB", **about}
-    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(path, lambda file: torch.save(weights, file))
-    atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+# empty, . or .., a control character, a separator, half a surrogate pair, or too long for a folder's name
+NO_CLASS_NAME = re.compile(r"^\.{0,2}$|[\0-\x1f\x7f-\x9f/\\\ud800-\udfff]|.{256}", re.S)
 
 
 def printable(text):
@@ -343,19 +324,13 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
-def escape_output():
-    """Print letters that the terminal, or Windows in a pipe, does not have as escapes instead of failing on them."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def reason(error):
-    """What an error of any kind says, in one printable line of at most 200 characters, or its name where it says nothing."""
+    """What an error says, in one printable line of at most 200 characters; its name where it says nothing."""
     return printable(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def check_classes(names):
-    """Raise a ValueError that names the first of the class names that no folder can have, or that there is twice."""
+    """Raise a ValueError for the first class name that no folder can have, or that occurs twice."""
     seen = set()
     for i, name in enumerate(names):
         if not isinstance(name, str) or NO_CLASS_NAME.search(name):
@@ -365,37 +340,19 @@ def check_classes(names):
         seen.add(name)
 
 
-def check_views(views):
-    """Raise a ValueError unless `views` is a list that `logits_of` can take."""
-    if not isinstance(views, list) or not 0 < len(views) < 9 or not all(type(side) is int and 8 <= side <= CROP_SIZE for side in views):
-        raise ValueError(f"views must be a list of up to 8 numbers from 8 to {CROP_SIZE}")
-
-
-def read_saved(path, most):
-    """What ``torch.save`` wrote, in a file that may come from a stranger: nothing is executed, memory is bounded.
-
-    A tensor may still be a view of less memory than its shape says.
-
-    Parameters
-    ----------
-    path : path-like
-    most : int
-        Bytes that the file may have.
+def load_pickle(data):
+    """What ``torch.save`` wrote into these bytes: nothing is executed, and memory stays below their number.
 
     Raises
     ------
     ValueError, or almost anything else
-        It is no such file, or a larger one.
+        They are something else.
     """
-    with open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"larger than {most >> 20} MiB")
     if data.startswith(b"PK\3\4"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
         # torch.save compresses nothing: entries that unpack to more than the file are a bomb
-        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(data):
+        if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(data):
             raise ValueError("a compressed archive")
     try:
         if b"bytearray\n" in data:  # torch.load lets a pickle ask for one of any size
@@ -406,20 +363,58 @@ def read_saved(path, most):
 
 
 def read_weights(path):
-    """Tensors of a state dict that may come from a stranger, as `read_saved`: together at most `MAX_WEIGHTS`."""
-    weights = {key.removeprefix("module."): value for key, value in read_saved(path, MAX_WEIGHTS).items()}
+    """The state dict of a `simpleconv3` in a file that may come from a stranger.
+
+    Parameters
+    ----------
+    path : path-like
+        What ``torch.save`` wrote: a state dict, or a dict that holds one, such as a checkpoint.
+
+    Returns
+    -------
+    dict of str to tensor
+        Finite values; ``fc3.weight`` has one row a class.
+
+    Raises
+    ------
+    ValueError, or almost anything else
+        It is no such file.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise ValueError(f"larger than {MAX_FILE >> 20} MiB; of a checkpoint, save the state dict alone")
+    weights = load_pickle(data)
+    while isinstance(weights, dict):
+        inner = [weights[name] for name in WRAPPED if isinstance(weights.get(name), dict)]
+        if not inner:
+            break
+        weights = inner[0]
+    if not isinstance(weights, dict):
+        raise ValueError(f"a {type(weights).__name__}, where a dict of tensors belongs")
+    weights = {PREFIXES.sub("", str(key)): value for key, value in weights.items() if key != "n_averaged"}
     for key, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{key} is {type(value).__name__}, where a tensor belongs")
         if not (value.is_floating_point() or key.endswith("num_batches_tracked")):
             raise ValueError(f"{key} is {value.dtype}")
     # a tensor can be larger than what it is a view of
     if sum(4 * value.numel() for value in weights.values()) > MAX_WEIGHTS:
         raise ValueError(f"tensors of more than {MAX_WEIGHTS >> 20} MiB")
+    if "fc3.weight" not in weights:
+        raise ValueError("it has no fc3.weight")
+    if weights["fc3.weight"].shape[1:] != (128,):  # as many classes as it likes, for no weights at all
+        raise ValueError("fc3.weight has another shape")
+    if not len(weights["fc3.weight"]):
+        raise ValueError("no classes")
+    for key, value in weights.items():
+        if not value.float().isfinite().all() or key.endswith("running_var") and (value < 0).any():
+            raise ValueError(f"{key} holds what is no weight: not finite, or a negative variance")
     return weights
 
 
 def read_about(path, nclass):
-    """The JSON file beside a model of `nclass` classes, as a dict whose ``classes``, ``flip``, ``views``
-    and ``temperature`` are valid.
+    """The JSON file beside a model of `nclass` classes: dict, ``classes`` and ``temperature`` are valid.
 
     Raises
     ------
@@ -430,41 +425,40 @@ def read_about(path, nclass):
         if not path.is_file():
             raise ValueError("it is no file")
         with open(path, "rb") as file:
-            text = file.read(MAX_JSON + 1)
-        if len(text) > MAX_JSON:
+            data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
             raise ValueError(f"larger than {MAX_JSON >> 20} MiB")
-        about = json.loads(text.decode())
+        about = json.loads(data)  # in any Unicode encoding, with the mark that editors put before it
         if not isinstance(about, dict) or not isinstance(about.get("classes"), list):
             raise ValueError("no list of classes")
         check_classes(about["classes"])
-        check_views(about.get("views", [CROP_SIZE]))
-        flip, temperature = about.get("flip", False), about.get("temperature", 1.0)
-        if not isinstance(flip, bool):
-            raise ValueError("flip must be true or false")
+        temperature = about.get("temperature", 1.0)
         if type(temperature) not in (int, float) or not 0.01 <= temperature <= 100:
             raise ValueError("temperature must be a number between 0.01 and 100")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the JSON file of a model ({printable(str(error))}); "
                          "remove it to load the weights without names") from None
     if len(about["classes"]) != nclass:
-        raise ValueError(f"{path}: names {len(about['classes'])} classes, but the weights beside it have {nclass}")
+        n = len(about["classes"])
+        raise ValueError(f"{path}: names {n} classes, but the weights beside it have {nclass}")
     return about
 
 
-def load_model(path, device="cpu"):
+def load_model(path=None, device="cpu"):
     """Read weights and, where there is one, the JSON file beside them. Both may come from a stranger.
 
     Parameters
     ----------
-    path : path-like
-        A state dict of `simpleconv3`: ours, the textbook's, or one saved from ``DataParallel``.
+    path : path-like, optional
+        A state dict of `simpleconv3`: ours, the textbook's, or one that another program wrapped in a
+        checkpoint or in ``DataParallel``. Default: `MODEL` where there is one, else `PRETRAINED`.
     device : str or torch.device
 
     Returns
     -------
     simpleconv3
         In eval mode. ``classes`` holds the class names (without a JSON file: `CLASSES` for a network
-        of four classes, numbers for any other), ``about`` the whole content of the JSON file.
+        of four classes, numbers for any other), ``about`` the content of the JSON file, ``path`` the file.
 
     Raises
     ------
@@ -473,54 +467,58 @@ def load_model(path, device="cpu"):
     ValueError
         It is not a state dict of simpleconv3, or the JSON file does not fit it.
     """
-    path = Path(path)
+    path = Path(path) if path else MODEL if MODEL.exists() else PRETRAINED
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such model'}; 'python train.py' makes one")
+        raise FileNotFoundError(
+            f"{path}: {'not a file' if path.exists() else 'no such model'}; 'python train.py' makes one")
     try:
         weights = read_weights(path)
-        if weights["fc3.weight"].shape[1:] != (128,):  # as many classes as it likes, for no weights at all
-            raise ValueError("fc3.weight has another shape")
-        if not len(weights["fc3.weight"]):
-            raise ValueError("no classes")
         net = simpleconv3(len(weights["fc3.weight"]))
         net.load_state_dict(weights)
-        for key, value in net.state_dict().items():
-            if not value.isfinite().all() or key.endswith("running_var") and (value < 0).any():
-                raise ValueError(f"{key} holds what is no weight: not finite, or a negative variance")
     except Exception as error:  # torch.load raises almost anything on a file that it did not write
-        raise ValueError(f"{path}: not a state dict of simpleconv3 ({reason(error)}); 'python train.py' makes one") from None
+        raise ValueError(f"{path}: not a state dict of simpleconv3 ({reason(error)}); "
+                         "'python train.py' makes one") from None
     beside = path.with_suffix(".json")
     if beside != path and beside.exists():
         net.about = read_about(beside, len(net.classes))
         net.classes = tuple(net.about["classes"])
+    net.path = path
     return net.to(device).eval()
 
 
+# --- the command line
+
+
 def layer_table(net):
-    """Lines of text: every layer with its weights' shapes, output shape and number of parameters."""
-    rows, hooks = [("layer", "kind", "output", "parameters")], []
+    """Text: every layer with its kind, output shape and number of parameters."""
+    rows, hooks = [], []
     for name, layer in net.named_children():
         def note(layer, inputs, output, name=name):
             count = sum(p.numel() for p in layer.parameters())
             rows.append((name, type(layer).__name__, " x ".join(map(str, output.shape[1:])), f"{count:,}"))
         hooks.append(layer.register_forward_hook(note))
-    training = net.training
     with torch.inference_mode():
-        net.eval()(torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, device=net.fc3.weight.device))
-    net.train(training)
+        net.eval()(torch.zeros(1, 3, CROP_SIZE, CROP_SIZE))
     for hook in hooks:
         hook.remove()
     rows.append(("total", "", "", f"{sum(p.numel() for p in net.parameters()):,}"))
-    return [f"{a:<7}{b:<13}{c:>13}{d:>13}" for a, b, c, d in rows]
+    return tabulate(
+        rows, ("layer", "kind", "output", "parameters"), "plain", disable_numparse=True,
+        colalign=("left", "left", "right", "right"))
 
 
 def main(argv=None):
-    escape_output()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack the letters of a name
     description, *_, examples = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, help="weights to show; without: a new four-class network")
-    parser.add_argument("--export", type=Path, metavar="FILE",
-                        help=f"write the model as ONNX, opset {OPSET}: RGB levels N x 3 x {CROP_SIZE} x {CROP_SIZE}, 0 to 255, to probabilities")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="weights to show; without: a new four-class network")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE",
+        help=f"write the model as ONNX, opset {OPSET}: RGB levels N x 3 x {CROP_SIZE} x {CROP_SIZE}, "
+             "0 to 255, to probabilities")
     args = parser.parse_args(argv)
     if args.export and not args.model:
         parser.error("--export needs a model")
@@ -533,7 +531,7 @@ def main(argv=None):
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {printable(str(error))}")
     print(f"input: N x 3 x {CROP_SIZE} x {CROP_SIZE}, RGB, (x / 255 - {MEAN}) / {STD}")
-    print(*layer_table(net), sep="\n")
+    print(layer_table(net))
     print("classes:", printable(", ".join(net.classes)))
     for key, value in net.about.items():
         if key not in {"classes", "input_size", "mean", "std", "channels"}:

@@ -1,118 +1,196 @@
 """Train simpleconv3 on mouth crops: data/train and data/val to models/model.pt and curves in logs/.
 
-    python train.py                                   the textbook's recipe: 300 epochs, SGD, StepLR
-    python train.py --epochs 40 --lr 0.05             shorter, gentler
-    python train.py --resume                          go on after Ctrl-C or a crash, bit for bit on a CPU
-    torchrun --nproc_per_node=2 -- train.py           the same on two processes or GPUs, or many machines
-    tensorboard --logdir logs                         the curves
+    python train.py                              the textbook's recipe: 300 epochs, SGD, StepLR
+    python train.py --recipe strong              better, in fewer epochs
+    python train.py --recipe finetune            from trained weights: a few photos are enough
+    python train.py --epochs 40 --lr 0.05        the textbook's recipe, shorter and gentler
+    python train.py --resume                     go on after Ctrl-C or a crash
+    torchrun --nproc_per_node=2 -- train.py      the same on two processes or GPUs, or many machines
+    tensorboard --logdir logs                    the curves
 
-All crops are decoded once, to 64 x 64, and live in memory: 12 KiB an image (a set that would not fit in
-half of the free memory lives in a file under data/cache). models/model.pt is a plain state dict, that of
-the epoch with the best validation accuracy; models/model.json beside it says everything else.
+All crops are decoded once, to 64 x 64, and live in memory, 12 KiB each. models/model.pt is a plain
+state dict; models/model.json beside it says everything else. The textbook's recipe keeps the epoch
+with the best validation accuracy; the others, whose learning rate ends at zero, keep the last one.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import itertools
 import math
-import operator
 import os
+import pickle
 import shlex
 import signal
-import stat
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.sgd import sgd
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary, hparams
+from torch.utils.tensorboard.summary import hparams
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from net import (
-    CROP_SIZE, MAX_WEIGHTS, NO_CLASS_NAME, atomic_write, check_classes, check_views, escape_output, locked, logits_of, normalize, printable, read_saved, reason,
-    save_model, simpleconv3, square)
+    CROP_SIZE,
+    NO_CLASS_NAME,
+    PRETRAINED,
+    check_classes,
+    load_model,
+    normalize,
+    printable,
+    reason,
+    save_model,
+    simpleconv3,
+    square,
+    write_file,
+)
+
+# --- recipes
+
+# What --recipe sets; a flag of the same name overrides it. tests/bench/README.md says how they were found.
+RECIPES = {
+    "textbook": dict(
+        weights=None, epochs=300, batch_size=64, lr=0.1, momentum=0.9, weight_decay=0.0,
+        schedule="step", step_size=100, gamma=0.1, crop=0.08, flip=True, rotate=0.0, colour=0.0, grey=0.0,
+        smoothing=0.0, average=0.0, balance=0.0, keep="best"),
+    "strong": dict(
+        weights=None, epochs=100, batch_size=64, lr=0.1, momentum=0.9, weight_decay=2e-3,
+        schedule="one-cycle", step_size=100, gamma=0.1, crop=0.6, flip=True, rotate=15.0, colour=0.3,
+        grey=0.3, smoothing=0.05, average=0.99, balance=0.5, keep="last"),
+}
+RECIPES["finetune"] = RECIPES["strong"] | dict(weights=PRETRAINED, epochs=20, lr=0.02)
+SETTINGS = ("recipe", *RECIPES["textbook"], "seed", "amp")  # what --resume takes from the checkpoint
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
-CHECKPOINT = "checkpoint.pt"
-
-# What a file from a stranger may cost. While it is decoded a pixel takes up to 8 bytes, in WebP 16, in JPEG 2000 20:
-# at the largest size half a GiB, 1 and 1.3, for each core.
-MAX_SIDE = 8192  # pixels, width and height of an image
-MAX_BYTES = 4 * MAX_SIDE**2  # of its file
-MAX_CHECKPOINT = 4 * MAX_WEIGHTS  # bytes: weights, their average, the best ones and the momentum
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what Pillow warns of is refused
-
-# What --recipe sets; any flag of the same name overrides it. tests/bench/README.md says how strong was found.
-RECIPES = {
-    "textbook": dict(
-        epochs=300, batch_size=64, lr=0.1, momentum=0.9, weight_decay=0.0, schedule="step", step_size=100, gamma=0.1,
-        crop=0.08, rotate=0.0, colour=0.0, grey=0.0, smoothing=0.0, average=0.0, balance=0.0, flip=False, views=[CROP_SIZE]),
-    "strong": dict(
-        epochs=100, batch_size=64, lr=0.1, momentum=0.9, weight_decay=2e-3, schedule="one-cycle", step_size=100, gamma=0.1,
-        crop=0.6, rotate=15.0, colour=0.3, grey=0.3, smoothing=0.05, average=0.99, balance=0.5, flip=True, views=[48, 44, 40]),
-}
 WARM_UP = 0.25  # share of a one-cycle run in which the learning rate rises
-MAX_CALIBRATION_ERROR = 0.05  # beyond it a temperature is fitted on the validation images
+CALIBRATION_IMAGES = 200  # with fewer for validation a temperature would be fitted to chance
+CALIBRATION_ERROR = 0.05  # up to here no temperature is needed
+FEW_IMAGES = 20  # with fewer for validation its accuracy says nothing
+CHECKPOINT = "checkpoint.pt"
 SAVE_SECONDS = 20  # a kill costs at most this much training
 
 
-def list_images(folder):
-    """Images of an ImageFolder: sorted list of (path, class name)."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; 'python split_train_val.py' makes it")
-    suffixes = Image.registered_extensions()
-    found = [
-        (path, place.name)
-        for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in path.relative_to(place).parts)
-    ]
-    if not found:
-        raise FileNotFoundError(f"{folder}: no images in class folders; 'python split_train_val.py' makes them")
-    return found
+# --- data: every crop is decoded once, into one tensor
+
+
+def walk(folder):
+    """Image files below a folder, sorted; links are followed, hidden names and circles of links are not."""
+    suffixes, seen, found = Image.registered_extensions(), set(), []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        if real not in seen:
+            found += [os.path.join(place, name) for name in files
+                      if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes]
+        seen.add(real)
+    return sorted(found)
+
+
+# by EXIF orientation, what turns an image upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_crop(path):
+    """A crop as predict.py would see it: upright, on white where it is transparent. RGB PIL image."""
+    with Image.open(path) as image:
+        if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+            raise ValueError(f"{image.format} is not read")
+        if image.mode.startswith(("I", "F")):  # converted, it would be white
+            raise ValueError("more than 8 bits a channel; save it with 8")
+        image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))  # JPEGs decode at a fraction of their size, much faster
+        clear = image.has_transparency_data
+        try:
+            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        except Exception:  # a damaged tag of no interest
+            turn = None
+        if clear:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+
+
+class CropFolder(ImageFolder):
+    """torchvision's ImageFolder, without hidden files and folders and without classes that have no image."""
+
+    def __init__(self, root):
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; 'python split_train_val.py' makes it")
+        super().__init__(root, loader=load_crop)
+
+    def find_classes(self, directory):
+        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+        classes = [name for name in names if walk(os.path.join(directory, name))]
+        if not classes:
+            raise FileNotFoundError(
+                f"{directory}: no images in class folders; 'python split_train_val.py' makes them")
+        return classes, {name: i for i, name in enumerate(classes)}
+
+    @staticmethod
+    def make_dataset(directory, class_to_idx, *_, **__):
+        return [(path, i) for name, i in class_to_idx.items() for path in walk(os.path.join(directory, name))]
 
 
 def free_memory():
     """Bytes of memory that can be had without swapping; infinite where the system does not tell."""
     try:
         with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+            available = next(line for line in file if line.startswith("MemAvailable"))
+            return 1024 * int(available.split()[1])
     except (OSError, StopIteration):
-        pass
+        return math.inf
+
+
+def empty_images(shape, folder):
+    """A uint8 array in memory, or in an unnamed file in `folder` if half of the free memory is too little."""
+    if math.prod(shape) <= free_memory() / 2:
+        return np.empty(shape, np.uint8)
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk says so now, not by a fatal signal later
+                os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            return np.memmap(file, np.uint8, "w+", shape=shape)
+    except OSError as error:
+        raise OSError(f"{folder}: no room for {math.prod(shape) >> 20} MiB of images, which the memory "
+                      f"is too small for ({error.strerror})") from None
 
 
-def load_images(paths, size, cache, name="images"):
+def load_images(paths, size, folder, name="images"):
     """Decode images on all cores.
 
     Parameters
     ----------
-    paths : list of Path
+    paths : list of path-like
     size : int
-        Side of the results: shorter side resized to it, central square kept.
-    cache : Path
-        Holds the file that takes the images where they do not fit in half of the free memory. It is
-        used again as long as the images' names, sizes and times are the same; others of `name` are removed.
+        Side of the results: the shorter side is resized to it, the central square kept.
+    folder : path-like
+        Where an unnamed file takes the images that do not fit in half of the free memory.
     name : str
-        Of the file's folder, and shown at the progress bar.
+        Shown at the progress bar.
 
     Returns
     -------
@@ -121,67 +199,42 @@ def load_images(paths, size, cache, name="images"):
     Raises
     ------
     OSError
-        An image cannot be decoded, or is larger than `MAX_SIDE` or `MAX_BYTES`; the message names it.
+        An image cannot be decoded; the message names it.
     """
-    shape, target = (len(paths), 3, size, size), None
-    if math.prod(shape) > free_memory() / 2:
-        about = [(str(path), (state := path.stat()).st_size, state.st_mtime_ns) for path in paths]
-        target = cache / name / f"{hashlib.sha1(repr((about, size)).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.u8"
-    for old in (cache / name).glob("*.u8"):
-        if old != target:
-            old.unlink()
-    if not target:
-        images = np.empty(shape, np.uint8)
-        decode(paths, images, name)
-        return torch.from_numpy(images)
+    images = empty_images((len(paths), 3, size, size), folder)
 
-    def fill(file):
-        if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, not by a fatal signal later
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-        else:
-            file.truncate(math.prod(shape))
-        images = np.memmap(file.name, np.uint8, "r+", shape=shape)
-        decode(paths, images, name)
-        images.flush()
-
-    if not target.is_file():
-        with locked(target.parent):
-            atomic_write(target, fill)
-    return torch.from_numpy(np.memmap(target, np.uint8, "r+", shape=shape))
-
-
-def decode(paths, images, name):
-    """Decode images on all cores into `images`, uint8 array of shape (len(paths), 3, size, size); see `load_images`."""
-    def load(some):
+    def decode(some):
         for i in some:
             try:
-                about = os.stat(paths[i])
-                if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:  # pipes and devices may never end
-                    raise ValueError(f"no regular file of up to {MAX_BYTES >> 20} MiB")
-                with Image.open(paths[i]) as image:
-                    if max(image.size) > MAX_SIDE:
-                        raise ValueError(f"{image.width} x {image.height} pixels, of which {MAX_SIDE} are read")
-                    if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
-                        raise ValueError(f"{image.format} is not read")
-                    if image.mode.startswith(("I", "F")):  # converted, it would be white
-                        raise ValueError("more than 8 bits a channel; save it with 8")
-                    image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))  # JPEGs decode at a fraction of their size, several times as fast
-                    ImageOps.exif_transpose(image, in_place=True)
-                    if image.has_transparency_data:
-                        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-                    images[i] = square(image, images.shape[3]).numpy()
+                images[i] = square(load_crop(paths[i]), size).numpy()
             except Exception as error:  # decoders raise almost anything
-                raise OSError(f"{paths[i]}: not a readable image ({error}); remove it and run the command again") from None
+                raise OSError(f"{paths[i]}: not a readable image ({error}); "
+                              "remove it and run the command again") from None
         return len(some)
 
     batches = [range(i, min(i + 64, len(paths))) for i in range(0, len(paths), 64)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), desc=name, unit="image", leave=False, disable=None) as bar:
+    with (ThreadPoolExecutor(os.cpu_count()) as pool,
+          tqdm(total=len(paths), desc=name, unit="image", leave=False, disable=None) as bar):
         try:
-            for done in pool.map(load, batches):
+            for done in pool.map(decode, batches):
                 bar.update(done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return torch.from_numpy(images)
+
+
+class Data(NamedTuple):
+    """What `load_data` returns. With several processes the tensors hold a share, the rest is of all."""
+
+    classes: tuple  # of str, sorted
+    images: torch.Tensor  # to train on: uint8 N x 3 x 64 x 64
+    labels: torch.Tensor  # int64 N
+    val_images: torch.Tensor  # uint8 N x 3 x 48 x 48
+    val_labels: torch.Tensor  # int64 N
+    counts: torch.Tensor  # training images of each class: int64
+    sizes: dict  # number of images, "train" and "val"
+    identity: str  # a hash of names and sizes of the files
 
 
 def load_data(data, rank=0, world=1):
@@ -191,13 +244,12 @@ def load_data(data, rank=0, world=1):
     ----------
     data : Path
     rank, world : int
-        Of the images in random order, every `world`-th from `rank` on is loaded.
+        Of the images in random order, every `world`-th from `rank` on is loaded. Where that leaves a
+        process one training image less, it gets another one twice: all must take the same number of steps.
 
     Returns
     -------
-    classes : tuple of str
-    train, val : pairs of tensors
-        Images, uint8 N x 3 x 64 x 64 and N x 3 x 48 x 48, and labels, int64 N.
+    Data
 
     Raises
     ------
@@ -206,35 +258,41 @@ def load_data(data, rank=0, world=1):
     ValueError
         There are fewer than two classes, or a class is only on one side.
     """
-    parts = {part: list_images(data / part) for part in ("train", "val")}
-    names = {part: {label for _, label in files} for part, files in parts.items()}
-    for part, other in (("train", "val"), ("val", "train")):
-        only = sorted(names[part] - names[other])
-        if only:
-            raise ValueError(f"{data / part}: class {only[0]} is not in {data / other}; "
-                             "give it two or more crops and run 'python split_train_val.py' again")
-    classes = tuple(sorted(names["train"]))
+    train, val = CropFolder(data / "train"), CropFolder(data / "val")
+    for here, there in ((train, val), (val, train)):
+        for name in sorted(set(here.classes) - set(there.classes)):
+            n = here.targets.count(here.class_to_idx[name])
+            raise ValueError(
+                f"{here.root}: all {n} crops of class {name} are here, none in {there.root}; "
+                + ("they belong together, so add photos of other people or places" if n > 1 else
+                   "give it two or more crops") + " and run 'python split_train_val.py' again")
+    classes = tuple(train.classes)
     check_classes(classes)  # now, not when the trained model is loaded
     if len(classes) < 2:
-        raise ValueError(f"{data / 'train'}: only one class, {classes[0]}; a classifier needs two or more folders of photos")
-    loaded = []
-    for part, size in (("train", IMAGE_SIZE), ("val", CROP_SIZE)):
-        files = parts[part]
-        # class by class, neighbours are alike: shuffle, so that every rank's share holds all classes
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist() if world > 1 else range(len(files))
-        share = [files[i] for i in order][rank::world]
-        if not share:
-            raise ValueError(f"{data / part}: {len(files)} images are too few for {world} processes; start fewer")
-        labels = torch.tensor([classes.index(label) for _, label in share])
-        name = part if world == 1 else f"{part}{rank}"
-        loaded.append((load_images([path for path, _ in share], size, data / "cache", name), labels))
-    return classes, *loaded
+        raise ValueError(f"{train.root}: only one class, {classes[0]}; "
+                         "a classifier needs two or more folders of photos")
+    tensors = []
+    for folder, size in ((train, IMAGE_SIZE), (val, CROP_SIZE)):
+        if len(folder) < world:
+            raise ValueError(f"{folder.root}: {len(folder)} images are too few for {world} processes; "
+                             "start fewer")
+        samples = folder.samples
+        if world > 1:  # class by class, neighbours are alike: in random order every share holds all classes
+            order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist()
+            samples = [samples[i] for i in order]
+        share = samples[rank::world]
+        if folder is train and len(share) < math.ceil(len(folder) / world):
+            share.append(share[0])
+        paths, labels = zip(*share)
+        tensors += [load_images(paths, size, data, Path(folder.root).name), torch.tensor(labels)]
+    files = [(path, os.path.getsize(path)) for folder in (train, val) for path, _ in folder.samples]
+    names = [(os.path.relpath(path, data), size) for path, size in files]
+    identity = hashlib.sha1(repr(names).encode("utf-8", "surrogateescape")).hexdigest()
+    counts = torch.bincount(torch.tensor(train.targets), minlength=len(classes))
+    return Data(classes, *tensors, counts, {"train": len(train), "val": len(val)}, identity)
 
 
-def identify(data):
-    """Which images there are in ``data/train`` and ``data/val``, a hash of their names and sizes: str."""
-    files = [(part, label, path.name, path.stat().st_size) for part in ("train", "val") for path, label in list_images(data / part)]
-    return hashlib.sha1(repr(files).encode("utf-8", "surrogateescape")).hexdigest()
+# --- augmentation: random crops, turns and colours of a whole batch, with one resampling
 
 
 def random_boxes(n, generator, smallest=0.08):
@@ -298,7 +356,7 @@ def resample(images, boxes, angles=None, size=CROP_SIZE):
 def jitter(images, generator, strength, grey):
     """Change brightness, contrast and saturation, each by a factor between 1 - strength and 1 + strength.
 
-    Images that lose their colour are tinted, each channel by such a factor: a network that never sees but grey
+    Images that lose their colour are tinted, each channel by such a factor: a network that sees only grey
     photos would answer to colour with whatever its first weights happened to be.
 
     Parameters
@@ -308,6 +366,10 @@ def jitter(images, generator, strength, grey):
     strength : float
     grey : float
         Share of the images that lose their colour.
+
+    Returns
+    -------
+    float tensor of the same shape and range
     """
     u = torch.rand(len(images), 7, 1, 1, generator=generator, device=images.device)
     contrast, saturation, brightness, tint = (1 + strength * (2 * u[:, :6] - 1)).split([1, 1, 1, 3], 1)
@@ -320,35 +382,41 @@ def jitter(images, generator, strength, grey):
     return mean.lerp(images, contrast).mul(brightness * tint).clamp(0, 255)
 
 
-def augment(images, generator, args):
-    """Random crops, flips and what else the recipe asks for: uint8 N x 3 x 64 x 64 to network input N x 3 x 48 x 48."""
+def augment(images, generator, crop=0.08, flip=True, rotate=0.0, colour=0.0, grey=0.0):
+    """Training images as the network sees them.
+
+    Parameters
+    ----------
+    images : uint8 tensor of shape (N, 3, 64, 64)
+    generator : torch.Generator
+    crop : float
+        Least share of the area that a random crop keeps.
+    flip : bool
+        Mirror every other image.
+    rotate : float
+        Largest angle of the random turns in degrees.
+    colour, grey : float
+        See `jitter`.
+
+    Returns
+    -------
+    float tensor of shape (N, 3, 48, 48), values -1 to 1
+    """
     n, device = len(images), images.device
-    boxes = random_boxes(n, generator, args.crop)
-    flip = torch.rand(n, generator=generator, device=device) < 0.5
-    boxes[:, 2] = torch.where(flip, -boxes[:, 2], boxes[:, 2])
+    boxes = random_boxes(n, generator, crop)
+    if flip:
+        mirrored = torch.rand(n, generator=generator, device=device) < 0.5
+        boxes[:, 2] = torch.where(mirrored, -boxes[:, 2], boxes[:, 2])
     angles = None
-    if args.rotate:
-        angles = (2 * torch.rand(n, generator=generator, device=device) - 1) * (args.rotate * np.pi / 180)
+    if rotate:
+        angles = (2 * torch.rand(n, generator=generator, device=device) - 1) * (rotate * np.pi / 180)
     pixels = resample(images, boxes, angles)
-    if args.colour or args.grey:
-        pixels = jitter(pixels, generator, args.colour, args.grey)
+    if colour or grey:
+        pixels = jitter(pixels, generator, colour, grey)
     return normalize(pixels)
 
 
-class Average:
-    """Exponential moving average of a network's weights and statistics; young averages forget faster."""
-
-    def __init__(self, net, decay):
-        self.net = copy.deepcopy(net)
-        self.decay, self.steps = decay, 0
-
-    @torch.no_grad()
-    def update(self, net):
-        self.steps += 1
-        decay = min(self.decay, self.steps / (self.steps + 10))
-        ours, theirs = self.net.state_dict(), net.state_dict()
-        keys = [key for key, value in ours.items() if value.is_floating_point()]
-        torch._foreach_lerp_([ours[key] for key in keys], [theirs[key] for key in keys], 1 - decay)
+# --- one epoch
 
 
 def class_weights(counts, power):
@@ -367,82 +435,126 @@ def class_weights(counts, power):
     return (counts.sum() / (len(counts) * counts)).float() ** power
 
 
-def one_cycle_factor(done):
+def one_cycle(done):
     """Share of the highest learning rate when `done` (0 to 1) of a run is over: up and down along cosines."""
     if done < WARM_UP:
         return 0.04 + 0.96 * (1 - math.cos(math.pi * done / WARM_UP)) / 2
     return (1 + math.cos(math.pi * (min(done, 1) - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-def learning_rate(args, done):
-    """The learning rate after `done` epochs, a float: one-cycle changes it with every step, step with every epoch."""
-    if args.schedule == "one-cycle":
-        return args.lr * one_cycle_factor(done / args.epochs)
-    return args.lr * args.gamma ** (int(done) // args.step_size)
+def make_scheduler(optimizer, schedule, steps, epochs, step_size, gamma):
+    """The learning rate's scheduler, whose ``step()`` is called after every batch, `steps` times an epoch."""
+    if schedule == "step":
+        return StepLR(optimizer, step_size * steps, gamma)
+    return LambdaLR(optimizer, lambda step: one_cycle(step / (steps * epochs)))
 
 
-def train_epoch(net, images, labels, momentum, done, batch_size, generator, args, weights, average=None):
+def make_average(net, decay):
+    """Exponential moving average of a network's weights and statistics; a young average forgets faster.
+
+    Parameters
+    ----------
+    net : nn.Module
+    decay : float
+        The n-th update keeps min(decay, n / (n + 10)) of the average.
+
+    Returns
+    -------
+    AveragedModel
+    """
+    def update(averages, values, _):
+        n = int(average.n_averaged)  # on the CPU, unlike the one that is handed over
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - min(decay, n / (n + 10)))
+        else:  # the number of batches that batch norm has seen
+            torch._foreach_copy_(averages, values)
+
+    average = AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+    average.n_averaged += 1  # at 0 the first update would be a copy
+    return average
+
+
+def train_epoch(
+        model, images, labels, optimizer, scheduler, batch_size, generator, augment, criterion, average=None,
+        amp=False):
     """One pass over the training set.
 
     Parameters
     ----------
-    net : simpleconv3, or one in DistributedDataParallel
+    model : simpleconv3, or one in DistributedDataParallel
     images, labels : uint8 tensor of shape (N, 3, 64, 64), int64 tensor of shape (N,)
-    momentum : list of tensors
-        SGD's, one for each parameter; changed in place.
-    done : int
-        Epochs before this one.
-    weights : float tensor of shape (nclass,), or None
-        Of the classes in the loss.
+    optimizer, scheduler
+        The scheduler steps after every batch.
+    batch_size : int
+        Of this process.
+    generator : torch.Generator
+        Draws the order of the images and what `augment` does to them.
+    augment : callable
+        Takes images and generator, returns network input.
+    criterion : callable
+        Takes logits and labels, returns the mean loss.
+    average : AveragedModel, optional
+        Updated after every batch.
+    amp : bool
+        Compute in bfloat16 where that is safe.
 
     Returns
     -------
-    float tensor of 3
-        Sums over the samples of the loss and of the correct predictions, and the number of samples.
-        On the device: nothing here waits for it.
+    (float, float)
+        Loss and accuracy, means over the samples of all processes, as they were when each batch was seen.
     """
-    net.train()
-    sums = torch.zeros(3, device=images.device)
-    parameters = list(net.parameters())
-    batches = torch.randperm(len(images), generator=generator, device=images.device).split(batch_size)
-    for i, batch in enumerate(batches):
-        target = labels[batch]
-        logits = net(augment(images.index_select(0, batch), generator, args))
-        loss = F.cross_entropy(logits, target, weights, label_smoothing=args.smoothing)
-        net.zero_grad()
+    model.train()
+    sums = torch.zeros(3, device=images.device)  # loss, hits, samples; nothing in the loop waits for it
+    for batch in torch.randperm(len(images), generator=generator, device=images.device).split(batch_size):
+        inputs, target = augment(images.index_select(0, batch), generator), labels[batch]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            logits = model(inputs)
+        loss = criterion(logits.float(), target)
+        optimizer.zero_grad()
         loss.backward()
-        # torch.optim.SGD calls the same, but imports torch's compiler first: a second and 146 MB
-        with torch.no_grad():
-            sgd(parameters, [p.grad for p in parameters], momentum, fused=True, lr=learning_rate(args, done + i / len(batches)),
-                momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.schedule == "one-cycle",
-                dampening=0.0, maximize=False)
+        optimizer.step()
+        scheduler.step()
         if average:
-            average.update(net.module if isinstance(net, DistributedDataParallel) else net)
+            average.update_parameters(model)
         with torch.no_grad():
-            sums += torch.stack([loss * len(batch), (logits.argmax(1) == target).sum(), sums.new_full((), len(batch))])
-    return sums
+            hits = (logits.argmax(1) == target).sum()
+            sums += torch.stack([loss * len(batch), hits, sums.new_full((), len(batch))])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, hits, n = sums.tolist()
+    return loss / n, hits / n
+
+
+# --- validation
 
 
 @torch.inference_mode()
-def evaluate(net, images, labels, batch_size=128, **looks):
-    """Loss and predictions on validation images, uint8 N x 3 x 48 x 48.
+def evaluate(net, images, labels, batch_size=128):
+    """Loss and predictions on validation images.
 
     Parameters
     ----------
-    **looks
-        ``flip`` and ``views``, as for `net.logits_of`.
+    net : simpleconv3
+    images, labels : uint8 tensor of shape (N, 3, 48, 48), int64 tensor of shape (N,)
+    batch_size : int
 
     Returns
     -------
     loss : float tensor
-        Sum over the samples.
+        Sum over the samples; over those of all processes where there are several.
     matrix : float tensor of shape (nclass, nclass)
-        The confusion matrix: counts, rows are true classes, columns predicted ones.
+        The confusion matrix: counts, rows are true classes, columns predicted ones; likewise.
     logits : float tensor of shape (N, nclass)
+        Of this process's images.
     """
     net.eval()
-    logits = torch.cat([logits_of(net, normalize(batch), **looks) for batch in images.split(batch_size)])
-    return F.cross_entropy(logits, labels, reduction="sum"), confusion_matrix(logits.argmax(1), labels, logits.shape[1]), logits
+    logits = torch.cat([net(normalize(batch)) for batch in images.split(batch_size)])
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    matrix = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        dist.all_reduce(matrix)
+    return loss, matrix, logits
 
 
 def confusion_matrix(predicted, labels, nclass):
@@ -479,6 +591,17 @@ def fit_temperature(logits, labels):
     temperatures = torch.logspace(-0.7, 0.7, 200)
     losses = torch.stack([F.cross_entropy(logits / t, labels) for t in temperatures])
     return float(temperatures[losses.argmin()])
+
+
+def calibrate(logits, labels):
+    """Calibration error of logits, and the temperature that mends it where it is large: dict."""
+    error = calibration_error(logits.softmax(1), labels)
+    fit = len(labels) >= CALIBRATION_IMAGES and error > CALIBRATION_ERROR
+    return {"calibration_error": round(error, 4),
+            "temperature": round(fit_temperature(logits, labels), 4) if fit else 1.0}
+
+
+# --- curves
 
 
 def drawable(classes):
@@ -537,15 +660,19 @@ def draw_mistakes(images, labels, probabilities, classes, columns=6, rows=3, sid
     wrong = (predicted != labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:columns * rows].tolist()
     width, height = side + 12, side + 46
-    picture = Image.new("RGB", (columns * width + 12, max(1, -(-len(worst) // columns)) * height + 36), "white")
+    lines = max(1, math.ceil(len(worst) / columns))
+    picture = Image.new("RGB", (columns * width + 12, lines * height + 36), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((12, 8), f"{len(wrong):,} of {len(labels):,} are wrong; the surest first", "grey", font)
     for place, i in enumerate(worst):
         x, y = 12 + place % columns * width, 36 + place // columns * height
-        picture.paste(Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy()).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        for line, (name, more, ink) in enumerate((
-                (names[int(predicted[i])], f"  {float(confidence[i]):.1%}", (178, 34, 34)), (names[int(labels[i])], "  is true", "black"))):
-            draw.text((x, y + side + 3 + 18 * line), fitting(name, font, side - font.getlength(more)) + more, ink, font)
+        image = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
+        picture.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        texts = ((names[int(predicted[i])], f"  {float(confidence[i]):.1%}", (178, 34, 34)),
+                 (names[int(labels[i])], "  is true", "black"))
+        for line, (name, more, ink) in enumerate(texts):
+            name = fitting(name, font, side - font.getlength(more))
+            draw.text((x, y + side + 3 + 18 * line), name + more, ink, font)
     return np.asarray(picture)
 
 
@@ -555,15 +682,15 @@ def evenly(n, most):
 
 
 class Curves:
-    """What TensorBoard shows of a run: scalars for every epoch; what takes longer about ten times a run, and at its end.
+    """What TensorBoard shows of a run: scalars every epoch; what takes longer about ten times a run.
 
-    With several processes the first one writes. Scalars and confusion matrix are then those of all images; the worst
-    mistakes, the precision-recall curves and the projector show its own share of the validation images.
+    With several processes the first one writes. Scalars and confusion matrix are then those of all images;
+    the worst mistakes, the precision-recall curves and the projector show its own share.
 
     Parameters
     ----------
     run : Run
-        After a resumption its folder holds the curves up to ``run.epoch``; what was written there after it is dropped.
+        After a resumption its folder holds the curves up to ``run.epoch``; what comes after it is dropped.
     net : simpleconv3
     sample : float tensor of shape (N, 3, 48, 48)
         Network inputs as training sees them.
@@ -574,12 +701,14 @@ class Curves:
     def __init__(self, run, net, sample, images, labels):
         self.run, self.net, self.images, self.labels = run, net, images, labels
         self.names = [printable(name) for name in run.classes]
-        # a browser has the letters that the pictures lack
-        self.legend = "".join(f", {drawn} is {name}" for drawn, name in zip(drawable(run.classes), self.names) if drawn != name)
-        self.writer = SummaryWriter(run.log_dir, purge_step=run.epoch + 1 if run.epoch else None, max_queue=1000)  # a short queue waits
-        settings = {key: str(value) if isinstance(value, (bool, list)) else value for key, value in vars(run.args).items()
-                    if key != "resume" and not isinstance(value, Path)}
-        # add_hparams would put them into a run of their own; without the first, which lists columns, TensorBoard shows what differs
+        # in titles, for which a browser has the letters that the pictures lack
+        renamed = [(drawn, name) for drawn, name in zip(drawable(run.classes), self.names) if drawn != name]
+        self.legend = "".join(f", {drawn} is {name}" for drawn, name in renamed)
+        purge = run.epoch + 1 if run.epoch else None  # a short queue would make training wait
+        self.writer = SummaryWriter(run.log_dir, purge_step=purge, max_queue=1000)
+        # add_hparams would put the settings into a run of their own; without the first of the three
+        # summaries, which lists columns, TensorBoard shows the settings in which runs differ
+        settings = {k: str(v) if isinstance(v, bool | None) else v for k, v in run.settings.items()}
         _, begun, self.done = hparams(settings, {})
         if run.epoch:
             return
@@ -591,15 +720,16 @@ class Curves:
         self.writer.add_images("augmented training crops", sample / 2 + 0.5, 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls tracing deprecated
-            # traced here, because add_graph would trace twice to compare, and load torch's distributed tensors for that: 2 seconds
-            self.writer.add_graph(torch.jit.trace(net.eval(), sample[:1], check_trace=False), sample[:1])
+            self.writer.add_graph(net.eval(), sample[:1])
 
-    def epoch(self, scores, matrix, logits, judged):
+    def epoch(self, scores, rate, matrix, logits, judged):
         """Write an epoch's curves.
 
         Parameters
         ----------
         scores : dict
+        rate : float
+            The learning rate with which the epoch began.
         matrix : float tensor of shape (nclass, nclass)
             Confusion matrix; rows are true classes.
         logits : float tensor of shape (N, nclass)
@@ -607,173 +737,180 @@ class Curves:
         judged : simpleconv3
             That gave the logits.
         """
-        epoch, args, add = scores["epoch"], self.run.args, self.writer
+        epoch, epochs, add = scores["epoch"], self.run.settings["epochs"], self.writer
         for tag in ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced"):
             add.add_scalar(f"data/{tag.replace('_', '')}", scores[tag], epoch)
-        add.add_scalar("learning rate", learning_rate(args, epoch - 1), epoch)
+        add.add_scalar("learning rate", rate, epoch)
         for name, recall in zip(self.names, (matrix.diagonal() / matrix.sum(1)).tolist()):
             add.add_scalar(f"recall/{name}", recall, epoch)
-        if epoch % math.ceil(args.epochs / 10) and epoch != args.epochs:
+        if epoch % math.ceil(epochs / 10) and epoch != epochs:
             return
         # TensorBoard's table of settings shows the first five tags: these
         for key in ("val_acc", "val_balanced", "val_loss"):
             add.add_scalar(f"best/{key}", self.run.best[key], epoch)
         add.add_scalar("best/seconds", self.run.seconds, epoch)
         probabilities = logits.softmax(1)
-        self.show("confusion matrix", draw_matrix(matrix, self.run.classes), epoch)
-        self.show("worst mistakes", draw_mistakes(self.images, self.labels, probabilities, self.run.classes), epoch)
+        mistakes = draw_mistakes(self.images, self.labels, probabilities, self.run.classes)
+        matrix = draw_matrix(matrix, self.run.classes)
+        add.add_image("confusion matrix" + self.legend, matrix, epoch, dataformats="HWC")
+        add.add_image("worst mistakes" + self.legend, mistakes, epoch, dataformats="HWC")
         for i, name in enumerate(self.names):
             add.add_pr_curve(f"precision and recall/{name}", self.labels == i, probabilities[:, i], epoch)
         for name, parameter in self.net.named_parameters():
-            values = parameter.detach().flatten()  # 10,000 show the same histogram as fc1's 1.4 million in a hundredth of the time
-            add.add_histogram(name.replace(".", "/"), values[evenly(len(values), 10_000).to(values.device)], epoch, bins=60)
-        if epoch == args.epochs:
-            self.project(judged, probabilities)
+            values = parameter.detach().flatten()
+            # 10,000 of fc1's 1.4 million show the same histogram in a hundredth of the time
+            some = values[evenly(len(values), 10_000).to(values.device)]
+            add.add_histogram(name.replace(".", "/"), some, epoch, bins=60)
+        if epoch == epochs:
+            self.project(judged, probabilities, epoch)
             add.file_writer.add_summary(self.done, epoch)
 
-    def show(self, tag, picture, epoch):
-        """Write a picture, uint8 H x W x 3, as a JPEG: SummaryWriter.add_image makes a PNG, in ten times the time and twice the size."""
-        jpeg = io.BytesIO()
-        Image.fromarray(picture).save(jpeg, "JPEG", quality=85, subsampling=0)
-        height, width, _ = picture.shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=jpeg.getvalue())
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag + self.legend, image=image)]), epoch)
-
     @torch.inference_mode()
-    def project(self, judged, probabilities, most=1000):
-        """Write the 128 features of at most `most` validation images for TensorBoard's projector.
-
-        The files are as SummaryWriter.add_embedding makes them, in a tenth of its time and always in the same place.
-        """
+    def project(self, judged, probabilities, epoch, most=1000):
+        """Write the 128 features of at most `most` validation images for TensorBoard's projector."""
         chosen = evenly(len(self.images), most).to(self.images.device)
-        images, folder = self.images[chosen], Path(self.run.log_dir)
-        features = judged.features(normalize(images)).cpu().numpy()
-        np.savetxt(folder / "features.tsv", features, "%.5g", "\t")
+        images = self.images[chosen]
         confidence, predicted = probabilities[chosen].max(1)
-        rows = ["true\tpredicted\tprobability\tright"] + [
-            f"{self.names[true]}\t{self.names[ours]}\t{sure:.3f}\t{'yes' if ours == true else 'no'}"
-            for true, ours, sure in zip(self.labels[chosen].tolist(), predicted.tolist(), confidence.tolist())]
-        (folder / "labels.tsv").write_text("\n".join(rows) + "\n", "utf-8", newline="\n")
-        n, columns, side = len(images), math.ceil(len(images) ** 0.5), images.shape[3]
-        sprite = np.zeros((columns**2, side, side, 3), np.uint8)
-        sprite[:n] = images.permute(0, 2, 3, 1).cpu().numpy()
-        sprite = sprite.reshape(columns, columns, side, side, 3).swapaxes(1, 2).reshape(columns * side, columns * side, 3)
-        Image.fromarray(sprite).save(folder / "sprite.png", compress_level=1)
-        (folder / "projector_config.pbtxt").write_text(
-            'embeddings { tensor_name: "features" tensor_path: "features.tsv" metadata_path: "labels.tsv"\n'
-            f'  sprite {{ image_path: "sprite.png" single_image_dim: {side} single_image_dim: {side} }} }}\n', "utf-8")
+        triples = zip(self.labels[chosen].tolist(), predicted.tolist(), confidence.tolist())
+        rows = [(self.names[true], self.names[ours], f"{sure:.3f}", "yes" if ours == true else "no")
+                for true, ours, sure in triples]
+        self.writer.add_embedding(
+            judged.features(normalize(images)), rows, images / 255, epoch, "features",
+            ["true", "predicted", "probability", "right"])
 
-    def close(self):
-        self.writer.close()
+
+# --- the run
 
 
 class Run:
-    """What a training run writes: curves, the best model, and a checkpoint to resume from.
+    """What a training run writes: the kept model, and a checkpoint to resume from.
 
     The state is held in memory and goes to the disk every `SAVE_SECONDS` and at the end, however it comes.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        See `parse_args`.
+    data : Data
     """
 
-    def __init__(self, args, classes, sizes, identity):
-        self.args, self.classes, self.sizes, self.identity = args, classes, sizes, identity
+    def __init__(self, args, data):
+        self.classes, self.sizes, self.identity = data.classes, data.sizes, data.identity
+        self.models, self.logs = args.models, args.logs
+        self.settings = {key: getattr(args, key) for key in SETTINGS}
+        self.settings["weights"] = args.weights and str(args.weights)
         self.epoch = 0  # epochs done
         self.seconds = 0.0
-        self.best = self.best_weights = self.last = self.state = None
-        name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.recipe}"
-        places = (args.logs / (f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))  # two may begin within a second
-        self.log_dir = str(next(place for place in places if not place.exists()))
-        self.unsaved = False
+        self.best = self.last = self.state = None
         self.saved_at = -SAVE_SECONDS
+        name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.recipe}"
+        # two runs may begin within a second
+        places = (args.logs / (f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
+        self.log_dir = next(place for place in places if not place.exists())
 
-    def record(self, net, average, momentum, scores, logits, labels):
-        """Note a finished epoch. Returns whether it is the best so far."""
-        self.epoch, self.last = scores["epoch"], scores
-        net = {key: value.clone() for key, value in net.state_dict().items()}
-        weights = {key: value.clone() for key, value in average.net.state_dict().items()} if average else net
-        better = self.best is None or (scores["val_acc"], -scores["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"])
-        if better:
-            error, temperature = calibration_error(logits.softmax(1), labels), 1.0
-            if error > MAX_CALIBRATION_ERROR:
-                temperature = fit_temperature(logits, labels)
-            self.best = scores | {"calibration_error": round(error, 4), "temperature": round(temperature, 4)}
-            self.best_weights = weights
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
-        self.state = {
-            "net": net, "average": weights if average else None, "best_net": self.best_weights,
-            "momentum": [buffer.clone() for buffer in momentum], "average_steps": average.steps if average else 0,
-            "epoch": self.epoch, "best": self.best, "last": self.last, "seconds": self.seconds,
-            "classes": list(self.classes), "args": settings, "log_dir": self.log_dir, "data": self.identity,
+    def record(self, scores, learner, logits, labels):
+        """Note a finished epoch. Returns whether it is the best so far.
+
+        Parameters
+        ----------
+        scores : dict
+            As `score` returns it.
+        learner : Learner
+        logits : float tensor of shape (N, nclass)
+            Of the validation images, by ``learner.judged``.
+        labels : int64 tensor of shape (N,)
+        """
+        better = self.best is None or (
+            (scores["val_acc"], -scores["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"]))
+        self.epoch, self.last, self.best = scores["epoch"], scores, scores if better else self.best
+        keep = better or self.settings["keep"] == "last"
+        average = learner.average
+        self.state = {  # copies: a state_dict refers to the tensors that training changes
+            # for model.pt
+            "kept": copy.deepcopy(learner.judged.state_dict()) if keep else self.state["kept"],
+            "calibration": calibrate(logits, labels) if keep else self.state["calibration"],
+            "model": copy.deepcopy(learner.net.state_dict()),
+            "average": copy.deepcopy(average.state_dict()) if average else None,
+            "optimizer": copy.deepcopy(learner.optimizer.state_dict()["state"]),  # the momentum
+            "epoch": self.epoch, "seconds": self.seconds, "best": self.best, "last": self.last,
+            "classes": list(self.classes), "data": self.identity, "settings": self.settings,
+            "log_dir": self.log_dir.name,
         }
-        self.unsaved = True
         if time.perf_counter() - self.saved_at > SAVE_SECONDS:
             self.save()
         return better
 
-    def save(self):
-        """Write models/checkpoint.pt, model.pt and model.json, if an epoch has ended since the last time."""
-        if not self.unsaved:
-            return
-        atomic_write(self.args.models / CHECKPOINT, lambda file: torch.save(self.state, file))
-        net = simpleconv3(len(self.classes))
-        net.load_state_dict(self.best_weights)
-        net.classes = self.classes
-        settings = {k: v for k, v in self.state["args"].items() if k not in {"resume", "data", "logs", "models", "device"}}
-        save_model(
-            net, self.args.models / "model.pt", flip=self.args.flip, views=self.args.views,
-            temperature=self.best["temperature"], best=self.best, last=self.last, images=self.sizes,
-            settings=settings, seconds=round(self.seconds, 1), torch=torch.__version__,
-            command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=self.log_dir)
-        self.unsaved = False
-        self.saved_at = time.perf_counter()
-
-    def restore(self, state, net, average, momentum):
-        """Go on from what `read_checkpoint` read. Network, average and momentum are changed in place.
+    def restore(self, state, learner):
+        """Go on from what `read_checkpoint` read; the learner is brought to where it was.
 
         Raises
         ------
         KeyError, or almost anything else
             Something is missing, or of another kind or shape.
         """
-        for weights in (state["best_net"], state["net"]):
-            net.load_state_dict(weights)
-        if average:
-            average.net.load_state_dict(state["average"])
-            average.steps = state["average_steps"]
-        for buffer, stored in zip(momentum, state["momentum"], strict=True):
-            buffer.copy_(stored)
-        self.state, self.epoch, self.seconds = state, operator.index(state["epoch"]), float(state["seconds"])
-        self.best, self.last, self.best_weights = state["best"], state["last"], state["best_net"]
-        for scores, key in itertools.product((self.best, self.last), ("epoch", "val_acc", "val_balanced", "val_loss")):
-            float(scores[key])
-        float(self.best["temperature"])
-        self.log_dir = str(self.args.logs / state["log_dir"])
-        self.unsaved = True  # a kill may have come between the checkpoint and the model
+        learner.net.load_state_dict(state["model"])
+        if learner.average:
+            learner.average.load_state_dict(state["average"])
+        # flags may have changed the settings, which are in the groups: these stay as they are
+        groups = learner.optimizer.state_dict()["param_groups"]
+        learner.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a scheduler that steps before its optimizer
+            for _ in range(state["epoch"] * learner.steps):
+                learner.scheduler.step()
+        simpleconv3(len(self.classes)).load_state_dict(state["kept"])
+        self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
+        self.best, self.last, self.log_dir = state["best"], state["last"], self.logs / state["log_dir"]
+        float(self.best["val_acc"] + self.last["val_acc"] + state["calibration"]["temperature"])
+
+    def save(self):
+        """Write models/checkpoint.pt, model.pt and model.json, if an epoch has ended."""
+        if not self.state:
+            return
+        checkpoint = io.BytesIO()
+        torch.save(self.state, checkpoint)
+        write_file(self.models / CHECKPOINT, checkpoint.getvalue())
+        net = simpleconv3(len(self.classes))
+        net.load_state_dict(self.state["kept"])
+        net.classes = self.classes
+        save_model(
+            net, self.models / "model.pt", **self.state["calibration"], kept=self.settings["keep"],
+            best=self.best, last=self.last, images=self.sizes, settings=self.settings,
+            seconds=round(self.seconds, 1), torch=torch.__version__,
+            command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=str(self.log_dir))
+        self.saved_at = time.perf_counter()
 
 
 def read_checkpoint(path):
-    """The state that `Run.save` wrote. It may come from a stranger: its ``log_dir`` is made the mere name of a folder."""
+    """The state that `Run.save` wrote: dict. Nothing in it is executed, nor leads out of the folder of logs.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    ValueError
+        It is something else, or damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no run to resume; start one without --resume")
     try:
-        state = read_saved(path, MAX_CHECKPOINT)
-        missing = {"args", "classes", "net", "momentum", "log_dir"} - set(state)
-        if missing:
-            raise ValueError(f"holds no {min(missing)}")
-        check_classes(state["classes"])
-        for key, value in {**RECIPES["textbook"], "recipe": "", "seed": 0, "device": ""}.items():
-            if not isinstance(state["args"].get(key, value), type(value)):
-                raise ValueError(f"its {key} is {reason(state['args'][key])}")
-        check_views(state["args"].get("views", [CROP_SIZE]))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "momentum" in state:
+            raise ValueError("an earlier version of train.py wrote it")
         state["log_dir"] = PureWindowsPath(state["log_dir"]).name  # which knows the separators of all systems
         if NO_CLASS_NAME.search(state["log_dir"]):
             raise ValueError("its curves were in no folder of their own")
+        check_classes(state["classes"])
+        state["settings"] = {key: state["settings"][key] for key in SETTINGS}
         return state
     except Exception as error:  # torch.load raises almost anything
-        raise ValueError(f"{path}: damaged ({reason(error)}); start again without --resume") from None
+        why = "no file of train.py" if isinstance(error, pickle.UnpicklingError) else reason(error)
+        raise ValueError(f"{path}: damaged ({why}); start again without --resume") from None
 
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Ctrl-C waits for the end of this block: within TensorBoard's queue it would make the end wait for ever."""
+    """Ctrl-C waits for the end of this block: within TensorBoard's queue the end would wait for ever."""
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield
         return
@@ -787,116 +924,195 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
-def train(args):
-    """Train as the command line says; see the parser for the settings. Returns the `Run`."""
+def join_processes(device, batch_size):
+    """Join the processes that torchrun started: (rank, number of processes, torch.device of this one)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type != "cpu" and world > 1:
+    device = torch.device(device)
+    if world == 1:
+        return rank, world, device
+    if device.type != "cpu":
         local, there = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         if local >= there:
-            raise ValueError(f"--device {device.type}: this machine has {there}; start as many processes, or add --device cpu")
+            raise ValueError(f"--device {device.type}: this machine has {there}; "
+                             "start as many processes, or add --device cpu")
         device = torch.device(device.type, local)
-    if world > 1 and not dist.is_initialized():
+    if batch_size % world:
+        raise ValueError(f"--batch-size {batch_size}: must be a multiple of the {world} processes sharing it")
+    if not dist.is_initialized():
         dist.init_process_group(dist.get_default_backend_for_device(device.type))
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes that share it")
-    resumed = read_checkpoint(args.models / CHECKPOINT) if args.resume else None
+    return rank, world, device
 
+
+def make_net(classes, weights=None):
+    """A network with random weights, or with those of a file.
+
+    The last layer's weights are taken for classes of the same name; other classes begin at random.
+
+    Parameters
+    ----------
+    classes : sequence of str
+    weights : path-like, optional
+        See `net.load_model`.
+    """
+    net = simpleconv3(len(classes))
+    net.classes = tuple(classes)
+    if weights:
+        old = load_model(weights)
+        state = net.state_dict() | {k: v for k, v in old.state_dict().items() if not k.startswith("fc3.")}
+        for i, name in enumerate(classes):
+            if name in old.classes:
+                for key in ("fc3.weight", "fc3.bias"):
+                    state[key][i] = old.state_dict()[key][old.classes.index(name)]
+        net.load_state_dict(state)
+    return net
+
+
+class Learner:
+    """A network and what trains it, as the settings say.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+    classes : sequence of str
+    counts : int tensor of shape (nclass,)
+        Training images of each class.
+    steps : int
+        Batches of an epoch.
+    device : torch.device
+    share : int
+        Images of a batch that this process takes.
+    """
+
+    def __init__(self, args, classes, counts, steps, device, share):
+        torch.manual_seed(args.seed)
+        self.net = make_net(classes, args.weights).to(device)
+        if args.amp:
+            self.net.to(memory_format=torch.channels_last)
+        self.steps = steps
+        self.model = DistributedDataParallel(self.net) if dist.is_initialized() else self.net
+        self.optimizer = optim.SGD(
+            self.net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+            nesterov=args.schedule == "one-cycle" and args.momentum > 0, fused=True)
+        self.scheduler = make_scheduler(
+            self.optimizer, args.schedule, steps, args.epochs, args.step_size, args.gamma)
+        self.average = make_average(self.net, args.average) if args.average else None
+        self.judged = self.average.module if self.average else self.net  # what is validated and kept
+        weights = class_weights(counts.to(device), args.balance) if args.balance else None
+        self.criterion = nn.CrossEntropyLoss(weights, label_smoothing=args.smoothing)
+        self.augment = functools.partial(
+            augment, crop=args.crop, flip=args.flip, rotate=args.rotate, colour=args.colour, grey=args.grey)
+        self.batch_size, self.amp = share, args.amp
+
+    def epoch(self, images, labels, generator):
+        """One pass over the training set; see `train_epoch`."""
+        return train_epoch(
+            self.model, images, labels, self.optimizer, self.scheduler, self.batch_size, generator,
+            self.augment, self.criterion, self.average, self.amp)
+
+
+def train(args):
+    """Train as the command line says; see `parse_args` for the settings. Returns the `Run`."""
+    rank, world, device = join_processes(args.device, args.batch_size)
+    state = read_checkpoint(args.models / CHECKPOINT) if args.resume else None
     start = time.perf_counter()
-    classes, train_set, val_set = load_data(args.data, rank, world)
-    if resumed and tuple(resumed["classes"]) != classes:
-        raise ValueError(f"{args.models / CHECKPOINT}: was trained on {', '.join(resumed['classes'])}, "
-                         f"but {args.data} holds {', '.join(classes)}; start again without --resume")
-    identity = identify(args.data)
-    if resumed and resumed.get("data", identity) != identity:
-        raise ValueError(f"{args.data}: holds other images than those of the run to resume; start again without --resume")
-    images, labels, val_images, val_labels = (t.to(device) for t in (*train_set, *val_set))
-    sizes = torch.tensor([len(images), len(val_images)], device=device)
-    if world > 1:
-        # every rank must take the same number of steps: short shares repeat a few of their images
-        longest = sizes[:1].clone()
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        dist.all_reduce(sizes)
-        extra = torch.arange(int(longest)) % len(images)
-        images, labels = images[extra], labels[extra]
-    sizes = {"train": int(sizes[0]), "val": int(sizes[1])}
-
-    torch.manual_seed(args.seed)
-    net = simpleconv3(len(classes)).to(device)
-    momentum = [torch.zeros_like(parameter) for parameter in net.parameters()]
+    data = load_data(args.data, rank, world)
+    images, labels, val_images, val_labels = (tensor.to(device) for tensor in data[1:5])
     share = args.batch_size // world
-    average = Average(net, args.average) if args.average else None
-    run = Run(args, classes, sizes, identity)
-    if resumed:
-        try:
-            run.restore(resumed, net, average, momentum)
-            begun = resumed["args"]["epochs"]
-        except Exception as error:
-            raise ValueError(f"{args.models / CHECKPOINT}: damaged ({reason(error)}); start again without --resume") from None
-        if args.schedule == "one-cycle" and args.epochs != begun:
-            raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {begun} epochs cannot be resumed for another number")
-    judged = average.net if average else net  # what is validated and saved
-    model = DistributedDataParallel(net) if world > 1 else net
-    weights = None
-    if args.balance:
-        counts = torch.bincount(labels, minlength=len(classes))
-        if world > 1:
-            dist.all_reduce(counts)
-        weights = class_weights(counts, args.balance)
-
-    log = None
+    steps = math.ceil(len(images) / share)
+    learner = Learner(args, data.classes, data.counts, steps, device, share)
+    run = Run(args, data)
+    if state:
+        resume(run, state, learner, args)
+    curves, judged = None, learner.judged
     if rank == 0:
-        print(f"{sizes['train']:,} training and {sizes['val']:,} validation images of {len(classes)} classes "
-              f"({printable(', '.join(classes))}) in {time.perf_counter() - start:.1f} s; on {device}"
-              + (f", {world} processes" if world > 1 else "") + (f"; resuming after epoch {run.epoch} of {args.epochs}" if resumed else ""), flush=True)
-        if run.epoch >= args.epochs:
-            print("nothing is left to do" + ("; --epochs with a larger number goes on" if args.schedule == "step" else ""))
-        sample = augment(images[evenly(len(images), 64).to(device)], torch.Generator(device).manual_seed(0), args)
-        log = Curves(run, net, sample, val_images, val_labels)
-    bar = tqdm(range(run.epoch + 1, args.epochs + 1), initial=run.epoch, total=args.epochs, unit="epoch", disable=None if rank == 0 else True)
+        print(f"{data.sizes['train']:,} training and {data.sizes['val']:,} validation images of "
+              f"{len(data.classes)} classes ({printable(', '.join(data.classes))}) "
+              f"in {time.perf_counter() - start:.1f} s; on {device}"
+              + (f", {world} processes" if world > 1 else "")
+              + (f"; resuming after epoch {run.epoch} of {args.epochs}" if state else ""), flush=True)
+        some = images[evenly(len(images), 64).to(device)]
+        sample = learner.augment(some, torch.Generator(device).manual_seed(0))
+        curves = Curves(run, learner.net, sample, val_images, val_labels)
+    bar = tqdm(range(run.epoch + 1, args.epochs + 1), initial=run.epoch, total=args.epochs, unit="epoch",
+               disable=None if rank == 0 else True)
     try:
         for epoch in bar:
             # seeded by epoch and rank, so that a resumed run draws what an undisturbed one would have
             generator = torch.Generator(device).manual_seed((args.seed * 100_003 + epoch) * 4_099 + rank)
-            times = [time.perf_counter()]
-            sums = train_epoch(model, images, labels, momentum, epoch - 1, share, generator, args, weights, average)
-            if world > 1:
-                dist.all_reduce(sums)
-            train_loss, train_acc, train_n = sums.tolist()
-            times.append(time.perf_counter())
-            if world > 1:  # normalisation's statistics are each process's own: judge the first one's, which are saved
-                for buffer in judged.buffers():
-                    dist.broadcast(buffer, 0)
-            val_loss, matrix, logits = evaluate(judged, val_images, val_labels, flip=args.flip, views=args.views)
-            if world > 1:
-                dist.all_reduce(val_loss)
-                dist.all_reduce(matrix)
-            val_n = sizes["val"]
-            val_loss, recalls = float(val_loss), matrix.diagonal() / matrix.sum(1)
-            times.append(time.perf_counter())
-            scores = {"epoch": epoch, "train_loss": train_loss / train_n, "train_acc": train_acc / train_n,
-                      "val_loss": val_loss / val_n, "val_acc": float(matrix.trace()) / val_n, "val_balanced": float(recalls.mean())}
-            if not np.isfinite(scores["train_loss"] + scores["val_loss"]):
-                raise ValueError(f"epoch {epoch}: the loss is no longer a number; try a lower --lr than {args.lr:g}")
-            run.seconds += times[2] - times[0]
-            if rank:
-                continue
-            with uninterrupted():
-                better = run.record(net, average, momentum, scores, logits, val_labels)
-                tqdm.write(
-                    f"epoch {epoch:3}/{args.epochs}  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
-                    f" {train_n / (times[1] - times[0]):7,.0f}/s  val loss {scores['val_loss']:.4f}"
-                    f" acc {scores['val_acc']:7.2%} {val_n / (times[2] - times[1]):7,.0f}/s{'  best' if better else ''}", file=sys.stdout)
-                sys.stdout.flush()  # into a file or a pipe, too, as they come
-                log.epoch(scores, matrix, logits, judged)
+            rate, began = learner.optimizer.param_groups[0]["lr"], time.perf_counter()
+            train_loss, train_acc = learner.epoch(images, labels, generator)
+            trained = time.perf_counter()
+            for buffer in judged.buffers() if world > 1 else ():
+                dist.broadcast(buffer, 0)  # batch norm's statistics: the first process's are judged and saved
+            val_loss, matrix, logits = evaluate(judged, val_images, val_labels)
+            scores = score(epoch, train_loss, train_acc, val_loss, matrix)
+            times = trained - began, time.perf_counter() - trained
+            run.seconds += sum(times)
+            if not math.isfinite(scores["train_loss"] + scores["val_loss"]):
+                raise ValueError(f"epoch {epoch}: the loss is no longer a number; "
+                                 f"try a lower --lr than {args.lr:g}")
+            if rank == 0:
+                with uninterrupted():
+                    better = run.record(scores, learner, logits, val_labels)
+                    tqdm.write(epoch_line(scores, args.epochs, data.sizes, times, better), file=sys.stdout)
+                    sys.stdout.flush()  # line by line into files and pipes, too
+                    curves.epoch(scores, rate, matrix, logits, judged)
     finally:
         bar.close()
         if rank == 0:
             with uninterrupted():
-                with contextlib.suppress(OSError):  # a full disk; the error that is under way, or the next one, says so
-                    log.close()
+                with contextlib.suppress(OSError):  # a full disk, which the error under way or the next names
+                    curves.writer.close()
                 run.save()
     return run
+
+
+def resume(run, state, learner, args):
+    """Bring run and learner to where a checkpoint's run ended.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint is damaged, or the run to resume was another one.
+    """
+    if tuple(state["classes"]) != run.classes:
+        raise ValueError(f"{args.models / CHECKPOINT}: was trained on {', '.join(state['classes'])}, "
+                         f"but {args.data} holds {', '.join(run.classes)}; start again without --resume")
+    if state.get("data") != run.identity:
+        raise ValueError(f"{args.data}: holds other images than those of the run to resume; "
+                         "start again without --resume")
+    try:
+        run.restore(state, learner)
+        begun = state["settings"]["epochs"]
+    except Exception as error:
+        raise ValueError(f"{args.models / CHECKPOINT}: damaged ({reason(error)}); "
+                         "start again without --resume") from None
+    if args.schedule == "one-cycle" and args.epochs != begun:
+        raise ValueError(f"--epochs {args.epochs}: a one-cycle run that was begun for {begun} epochs "
+                         "cannot be resumed for another number")
+    if run.epoch >= args.epochs:
+        print("nothing is left to do"
+              + ("; --epochs with a larger number goes on" if args.schedule == "step" else ""))
+
+
+def score(epoch, train_loss, train_acc, val_loss, matrix):
+    """The scores of an epoch as `Run`, curves and model.json know them: dict of numbers."""
+    return {
+        "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc,
+        "val_loss": float(val_loss / matrix.sum()), "val_acc": float(matrix.trace() / matrix.sum()),
+        "val_balanced": float((matrix.diagonal() / matrix.sum(1)).mean()),
+    }
+
+
+def epoch_line(scores, epochs, sizes, times, better):
+    """What is printed of an epoch."""
+    return (f"epoch {scores['epoch']:3}/{epochs}"
+            f"  train loss {scores['train_loss']:.4f} acc {scores['train_acc']:7.2%}"
+            f" {sizes['train'] / times[0]:7,.0f}/s  val loss {scores['val_loss']:.4f}"
+            f" acc {scores['val_acc']:7.2%} {sizes['val'] / times[1]:7,.0f}/s{'  best' if better else ''}")
+
+
+# --- the command line
 
 
 def parse_args(argv=None):
@@ -904,15 +1120,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="python train.py [options]", description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34))
-    recipe = parser.add_argument_group("recipe: each flag overrides what --recipe sets; defaults for textbook / strong")
+    recipe = parser.add_argument_group(
+        f"recipe: each flag overrides what --recipe sets; defaults for {' / '.join(RECIPES)}")
 
     def setting(flag, help, **more):
-        values = [RECIPES[name][flag.strip("-").replace("-", "_")] for name in RECIPES]
-        a, b = (" ".join(map(str, value)) if isinstance(value, list) else value for value in values)
-        recipe.add_argument(flag, help=f"{help} ({a} / {b})", **more)
+        values = [recipe[flag.strip("-").replace("-", "_")] for recipe in RECIPES.values()]
+        shown = " / ".join(value.name if isinstance(value, Path) else "none" if value is None else str(value)
+                           for value in values)
+        recipe.add_argument(flag, help=f"{help} ({shown})", **more)
 
     recipe.add_argument("--recipe", choices=RECIPES, default="textbook",
-                        help="as printed there, or better, in fewer epochs (default: %(default)s)")
+                        help="as printed there, or better, or from trained weights (default: %(default)s)")
+    setting("--weights", "to start from, instead of random ones", type=Path, metavar="FILE")
     setting("--epochs", "passes over the training set", type=int, metavar="N")
     setting("--batch-size", "over all processes", type=int, metavar="N")
     setting("--lr", "highest learning rate", type=float, metavar="LR")
@@ -922,77 +1141,79 @@ def parse_args(argv=None):
     setting("--step-size", "epochs after which it drops, with step", type=int, metavar="N")
     setting("--gamma", "and by which factor", type=float, metavar="G")
     setting("--crop", "least share of the area that a random crop keeps", type=float, metavar="A")
+    setting("--flip", "mirror every other image; --no-flip for left against right",
+            action=argparse.BooleanOptionalAction)
     setting("--rotate", "random turns up to this many degrees", type=float, metavar="D")
     setting("--colour", "change of brightness, contrast, saturation", type=float, metavar="C")
     setting("--grey", "share of images that lose their colour to a tint", type=float, metavar="P")
     setting("--smoothing", "of the labels", type=float, metavar="S")
     setting("--average", "decay of a moving average of the weights; 0: none", type=float, metavar="D")
     setting("--balance", "rare classes count more; 1: all the same in sum", type=float, metavar="P")
-    setting("--flip", "predict the mean of a crop and its mirror image", action=argparse.BooleanOptionalAction)
-    setting("--views", "predict the mean of central squares of these sides", type=int, nargs="+", metavar="S")
+    setting("--keep", "the epoch whose weights model.pt gets", choices=["best", "last"])
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the accelerator, if any)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="holds train/ and val/ (default: %(default)s)")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="for TensorBoard (default: %(default)s)")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="for model.pt and model.json (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the accelerator, if any)")
+    parser.add_argument("--data", type=Path, default=Path("data"),
+                        help="holds train/ and val/ (default: %(default)s)")
+    parser.add_argument("--logs", type=Path, default=Path("logs"),
+                        help="for TensorBoard (default: %(default)s)")
+    parser.add_argument("--models", type=Path, default=Path("models"),
+                        help="for model.pt and model.json (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help=f"go on from <models>/{CHECKPOINT} with that run's settings")
     args = parser.parse_args(argv)
     parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
     if args.resume:
-        stored = read_checkpoint(args.models / CHECKPOINT)["args"]
-        # where the run is written is said here, not in the checkpoint: it may have moved, or come from a stranger
-        known = set(vars(args)) - {"resume", "data", "logs", "models"}
-        parser.set_defaults(**{key: value for key, value in stored.items() if key in known})
+        stored = read_checkpoint(args.models / CHECKPOINT)["settings"]
+        parser.set_defaults(**stored)
         args = parser.parse_args(argv)
-        for name in ("recipe", "average", "flip", "views"):  # without which its scores would be another model's
-            if getattr(args, name) != stored.get(name, getattr(args, name)):
-                parser.error(f"--{name} {getattr(args, name)}: the run to resume was begun with {stored[name]}; start again without --resume")
+        for name in ("recipe", "average", "keep"):  # with another its scores would be another model's
+            if getattr(args, name) != stored[name]:
+                parser.error(f"--{name} {getattr(args, name)}: the run to resume was begun with "
+                             f"{stored[name]}; start again without --resume")
+    check_args(args, parser)
+    return args
+
+
+def check_args(args, parser):
+    """End with a line of usage where a setting cannot work; choose the device where none is named."""
     for name in ("epochs", "batch_size", "step_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for most, names in ((1, "crop colour grey smoothing average momentum weight_decay"), (10, "balance"), (180, "rotate"), (2**31, "seed"), (math.inf, "gamma")):
+    for most, names in ((1, "crop colour grey smoothing average momentum weight_decay"), (10, "balance"),
+                        (180, "rotate"), (2**31, "seed"), (math.inf, "gamma")):
         for name in names.split():
-            if not 0 <= getattr(args, name) <= most:  # nor not a number
+            if not 0 <= getattr(args, name) <= most:  # not a number fails, too
                 parser.error(f"--{name.replace('_', '-')} must be between 0 and {most}")
     if not args.lr > 0:
         parser.error("--lr must be more than 0")
-    try:
-        check_views(args.views)
-    except ValueError as error:
-        parser.error(f"--{error}")
-    accelerator = [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
-    if args.device is None:
-        args.device = (accelerator + ["cpu"])[0]
+    there = [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
+    there.append("cpu")
+    args.device = args.device or there[0]
     try:
         kind = torch.device(args.device).type
     except RuntimeError:  # no kind of device at all
         kind = None
-    if kind not in accelerator + ["cpu"]:
-        parser.error(f"--device {printable(args.device)}: this machine has {' and '.join(accelerator + ['cpu'])}")
-    return args
+    if kind not in there:
+        parser.error(f"--device {printable(args.device)}: this machine has {' and '.join(there)}")
 
 
 def main(argv=None):
-    escape_output()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack the letters of a name
     # TensorBoard's thread hands its errors on; they need not be shown twice
-    threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
-    args, begun = None, time.time()
+    threading.excepthook = lambda failed: (
+        issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed))
+    args, begun, first = None, time.time(), int(os.environ.get("RANK", 0)) == 0
     try:
         args = parse_args(argv)
-        # the ranks of a job are one run: the first holds the folder for all
-        with locked(args.models) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
+        with locked(args.models) if first else contextlib.nullcontext():  # the processes of a job are one run
             run = train(args)
     except (KeyboardInterrupt, BrokenPipeError) as error:
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not args or not (args.models / CHECKPOINT).is_file() or (args.models / CHECKPOINT).stat().st_mtime < begun:
-            sys.exit("\ninterrupted before an epoch was finished: nothing is saved")
-        places = [word for flag in ("data", "logs", "models") if args and getattr(args, flag) != Path(flag)
-                  for word in (f"--{flag}", str(getattr(args, flag)))]
-        again = printable(shlex.join(["python", "train.py", "--resume", *places]))
-        sys.exit(f"\ninterrupted: all finished epochs are saved; '{again}' goes on")
+        sys.exit("\n" + interrupted(args, begun))
     except (OSError, ValueError) as error:
         if getattr(error, "strerror", None) and not error.filename:  # from TensorBoard, which names no file
             error = f"{args.logs}: cannot be written ({error.strerror}); mend that and go on with --resume"
@@ -1000,14 +1221,50 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0:
-        best = run.best
-        print(f"best: {best['val_acc']:.2%} of {run.sizes['val']:,} validation images (balanced over the classes {best['val_balanced']:.2%}), epoch {best['epoch']}; "
-              f"last: {run.last['val_acc']:.2%}; {run.seconds:.0f} s of training")
-        if run.sizes["val"] < 100:
-            print(f"one validation image more or less is {1 / run.sizes['val']:.1%}: of so few, these figures say little")
-        print(f"weights in {run.args.models / 'model.pt'}, the rest in {run.args.models / 'model.json'}; "
-              f"curves: tensorboard --logdir {run.args.logs}")
+    if first:
+        report(args, run)
+
+
+@contextlib.contextmanager
+def locked(models):
+    """Hold the folder of models for this process, and remove what killed runs left half-written there.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it.
+    """
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(models / ".lock", blocking=False):
+            for part in models.glob("." + "[0-9a-f]" * 16 + ".tmp"):
+                part.unlink(missing_ok=True)
+            yield
+    except filelock.Timeout:
+        raise BlockingIOError(f"{models}: another run is at work there; wait for its end") from None
+
+
+def interrupted(args, begun):
+    """What is said of a run that began at the time `begun` and was ended by Ctrl-C."""
+    checkpoint = args and args.models / CHECKPOINT
+    if not checkpoint or not checkpoint.is_file() or checkpoint.stat().st_mtime < begun:
+        return "interrupted before an epoch was finished: nothing is saved"
+    places = [word for flag in ("data", "logs", "models") if getattr(args, flag) != Path(flag)
+              for word in (f"--{flag}", str(getattr(args, flag)))]
+    again = printable(shlex.join(["python", "train.py", "--resume", *places]))
+    return f"interrupted: all finished epochs are saved; '{again}' goes on"
+
+
+def report(args, run):
+    """Print what a finished run gave and where it lies."""
+    kept, n = run.last if args.keep == "last" else run.best, run.sizes["val"]
+    print(f"kept the {args.keep} epoch, {kept['epoch']}: {kept['val_acc']:.2%} of {n:,} validation images "
+          f"(balanced over the classes {kept['val_balanced']:.2%}); best {run.best['val_acc']:.2%} in epoch "
+          f"{run.best['epoch']}, last {run.last['val_acc']:.2%}; {run.seconds:.0f} s of training")
+    if n < 100:
+        print(f"one validation image more or less is {1 / n:.1%}: of so few, these figures say little")
+    print(f"weights in {args.models / 'model.pt'}, the rest in {args.models / 'model.json'}; "
+          f"curves: tensorboard --logdir {args.logs}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Calls:
     (altered("fc3.weight", torch.zeros(1, 1).expand(10**7, 128)), "tensors of more than 16 MiB"),
     (altered("fc3.weight", torch.zeros(20_000_000, 0)), "fc3.weight has another shape"),
     (altered("new", torch.zeros(5 * 2**20, dtype=torch.uint8)), "new is torch.uint8"),
-    (altered("new", torch.zeros(4 * 2**20)), "larger than 16 MiB"),
+    (altered("new", torch.zeros(4 * 2**20)), "tensors of more than 16 MiB"),
     (Calls(bytearray, 2**28), "holds more than tensors"),
 ])
 @pytest.mark.parametrize("zipped", [True, False])
@@ -175,8 +175,6 @@ FOUR = {"classes": ["a", "b", "c", "d"]}
     ({"classes": ["a", "\x9b", "c", "d"]}, r"class 1 is '\x9b'"), ({"classes": ["a", "b", "\ud800", "d"]}, "class 2 is"),
     ({"classes": ["../../a", "b", "c", "d"]}, "class 0 is '../../a'"), ({"classes": ["a", "..", "c", "d"]}, "class 1 is '..'"),
     ({"classes": ["C:\\a", "b", "c", "d"]}, "class 0 is"), ({"classes": ["a" * 300, "b", "c", "d"]}, "class 0 is 'aaa"),
-    (FOUR | {"views": 48}, "views must be"), (FOUR | {"views": [48, 4]}, "views must be"), (FOUR | {"views": [44.0]}, "views must be"),
-    (FOUR | {"flip": "yes"}, "flip must be"), (FOUR | {"flip": 1}, "flip must be"),
     *[(FOUR | {"temperature": t}, "temperature must be") for t in (0, -1, "1", None, True, [1], float("nan"), float("inf"), 1e-40, 10**400)],
 ])
 def test_json_that_does_not_fit_is_one_clear_error(tmp_path, about, reason):
@@ -195,16 +193,16 @@ def test_names_in_any_script_are_class_names(tmp_path):
     assert load_model(tmp_path / "model.pt").classes == model.classes
 
 
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_bytes(b"old")
 
-    def fail(file):
-        file.write(b"half")
+    def fail(handle):
         raise OSError("disk full")
 
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError):
-        net.atomic_write(path, fail)
+        net.write_file(path, b"half")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -241,22 +239,6 @@ def test_nothing_in_a_model_steers_the_terminal(inside, tmp_path):
     assert "\x1b" not in inside("net.py", "model.pt", check=1).stderr
 
 
-def test_views_are_the_enlarged_middle():
-    x = torch.rand(2, 3, 48, 48)
-    for side in (48, 44, 31, 8):
-        margin = (48 - side) // 2
-        middle = x[:, :, margin:margin + side, margin:margin + side]
-        expected = torch.nn.functional.interpolate(middle, size=48, mode="bilinear")
-        torch.testing.assert_close(net.zoom(side).T @ x @ net.zoom(side), expected)
-
-
 def test_normalize_leaves_its_argument_as_it_is():
     levels = torch.full((1, 3, 48, 48), 255.0)
     assert net.normalize(levels).eq(1).all() and levels.eq(255).all()
-
-
-def test_mirror_images_count_half():
-    torch.manual_seed(0)
-    model, x = simpleconv3(4).eval(), torch.rand(3, 3, 48, 48)
-    assert torch.equal(x @ net.MIRROR, x.flip(3))
-    torch.testing.assert_close(net.logits_of(model, x, flip=True), (model(x) + model(x.flip(3))) / 2, atol=1e-5, rtol=1e-5)

@@ -60,8 +60,8 @@ def finished(mouths, tmp_path_factory):
 def test_the_runs_folder_sorts_by_time_names_the_recipe_and_has_no_other_runs_in_it(finished):
     log = finished[0]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_strong", log.name)
-    assert sorted(p.name for p in log.parent.rglob("*") if "tfevents" not in p.name) == sorted(
-        [log.name, "features.tsv", "labels.tsv", "projector_config.pbtxt", "sprite.png"])
+    assert sorted(p.relative_to(log).as_posix() for p in log.rglob("*") if p.is_file() and "tfevents" not in p.name) == [
+        "00025/features/metadata.tsv", "00025/features/sprite.png", "00025/features/tensors.tsv", "projector_config.pbtxt"]
     assert len(list(log.parent.rglob("*tfevents*"))) == 1
 
 
@@ -105,7 +105,7 @@ def test_what_is_heavy_comes_about_ten_times_and_at_the_last_epoch(finished):
 
 def test_a_histogram_of_some_weights_has_the_form_of_all(finished):
     log, events, _, _ = finished
-    weights = torch.load(log.parent.parent / "models" / "checkpoint.pt", weights_only=True)["net"]["fc1.weight"]
+    weights = torch.load(log.parent.parent / "models" / "checkpoint.pt", weights_only=True)["model"]["fc1.weight"]
     histogram = events.Histograms("fc1/weight")[-1].histogram_value
     assert histogram.num == 10_000
     assert histogram.sum / histogram.num == pytest.approx(float(weights.mean()), abs=3 * float(weights.std()) / 100)
@@ -128,7 +128,7 @@ def hparams(log):
 def test_settings_and_best_scores_stand_in_the_run_itself(finished):
     log, events, _, _ = finished
     settings, ended = hparams(log)
-    assert ended and settings["recipe"] == "strong" and settings["epochs"] == 25 and settings["flip"] == "True"
+    assert ended and settings["recipe"] == "strong" and settings["epochs"] == 25 and settings["flip"] == "True" and settings["keep"] == "last"
     assert not {"data", "logs", "models", "resume"} & set(settings)
     best = torch.load(log.parent.parent / "models" / "checkpoint.pt", weights_only=True)["best"]
     for key in ("val_acc", "val_balanced", "val_loss"):
@@ -148,7 +148,7 @@ def test_the_projector_finds_a_row_a_label_and_a_picture_for_every_image(finishe
         assert row == [true, ("bright", "dark")[int(p.argmax())], f"{float(p.max()):.3f}", "yes" if row[0] == row[1] else "no"]
     sprite = np.asarray(Image.open(log / about.sprite.image_path))
     assert list(about.sprite.single_image_dim) == [48, 48] and sprite.shape == (144, 144, 3)
-    images = train.load_data(mouths / "data")[2][0].permute(0, 2, 3, 1).numpy()
+    images = train.load_data(mouths / "data").val_images.permute(0, 2, 3, 1).numpy()
     assert np.array_equal(sprite[48:96, 96:144], images[5]) and not sprite[96:, 96:].any()
 
 
@@ -177,7 +177,7 @@ def test_names_of_classes_cannot_break_tags_tables_or_pictures(mouths, tmp_path)
     safe = ["a\\u2028b", "x" * 60, "笑\\u202e"]
     events = read(log)
     assert {f"recall/{name}" for name in safe} <= set(events.Tags()["scalars"])
-    lines = (log / "labels.tsv").read_bytes().decode().split("\n")
+    lines = (log / "00002" / "features" / "metadata.tsv").read_bytes().decode().split("\n")
     assert len(lines) == 14 and lines[-1] == "" and all(line.count("\t") == 3 for line in lines[:-1])
     assert {line.split("\t")[0] for line in lines[1:-1]} == set(safe)
     mistakes = "worst mistakes, class 2 is 笑\\u202e"  # Pillow's font does not have it, a browser's has
