@@ -1,12 +1,14 @@
 """Photos to mouth crops: find the largest face, its 68 landmarks, and cut out the mouth.
 
-    python preprocess_lips.py                        data/raw/<class>/* to data/lips/<class>/*.jpg
-    python preprocess_lips.py photos crops           the same for other folders
-    torchrun --nproc_per_node=4 preprocess_lips.py   shares the photos out, on one machine or many with one disk
+    python preprocess_lips.py                 data/raw/<class>/* to data/lips/<class>/*.jpg
+    python preprocess_lips.py photos crops    the same for other folders
 
 Every file in a class folder, at any depth, is tried as an image, whatever its name says. Crops are
 128 x 128 JPEGs named after their photo's content; manifest.csv says for every photo what became of it,
 preview.jpg shows crops of each class. A second run does only what is new.
+
+Several machines with one disk can share the work: with RANK and WORLD_SIZE set, as torchrun and Slurm set
+them, a process does its part and ends. The plain command, run once more, gathers all parts.
 
 In other code:
 
@@ -18,10 +20,12 @@ In other code:
 import argparse
 import contextlib
 import csv
+import errno
 import faulthandler
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -32,18 +36,19 @@ import stat
 import sys
 import threading
 import time
-import unicodedata
 import warnings
-from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import dlib
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from tabulate import tabulate
 from tqdm import tqdm
 
 CROP_SIDE = 128  # pixels
@@ -61,10 +66,14 @@ MAX_BYTES = 4 * MAX_PIXELS  # of the file
 MAX_SECONDS = 60  # for a photo in a worker process
 MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts with
 
-COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns", "look")
+COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector",
+           "sha1", "bytes", "mtime_ns", "look")
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
-JOURNAL = "manifest.csv.part"
+JOURNAL = "manifest.csv.part"  # and the process's number: what is done, until the manifest says so
+
+
+# --- reading a photo
 
 HEIC = (".heic", ".heif", ".hif")  # what iPhones make
 try:  # Pillow reads them with its help; nothing else needs it
@@ -76,22 +85,6 @@ except ImportError:
 
 # Pillow warns of photos over 89 million pixels, which are read here like others up to MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-def shows(photo, mouth):
-    """Whether at least the middle of a mouth's box is in the photo: landmarks go on beyond its edge."""
-    x, y = (mouth[0] + mouth[2]) / 2, (mouth[1] + mouth[3]) / 2
-    return 0 <= x < photo.shape[1] and 0 <= y < photo.shape[0]
-
-
-class Face(NamedTuple):
-    """One face of a photo. Boxes are (left, top, right, bottom) in pixels of the photo."""
-
-    box: tuple  # the face, four ints
-    landmarks: np.ndarray  # float, 68 x 2, (x, y)
-    mouth: tuple  # the square that was cut out, four ints; may reach beyond the photo
-    crop: np.ndarray  # uint8, 128 x 128 x 3, RGB
-    detector: str  # what found it
 
 
 def read_photo(source):
@@ -146,7 +139,7 @@ def _decode(source, least=None):
             size = image.size
             if not 0 < size[0] * size[1] <= MAX_PIXELS:
                 raise OSError(f"{size[0]} x {size[1]} pixels")
-            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+            if image.format in ("EPS", "WMF"):  # programs, which Pillow has Ghostscript or Windows run
                 raise OSError(f"{image.format} is not read")
             if least:
                 image.draft("RGB", (least, least))
@@ -185,59 +178,14 @@ def _rgb(image):
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def cut(image, box, size):
-    """Cut a box out of an image and scale it; where the box leaves the image the border is replicated.
-
-    Parameters
-    ----------
-    image : uint8 array of shape (H, W) or (H, W, 3)
-    box : four ints (left, top, right, bottom), at least one pixel wide and high
-    size : int
-        Side of the square result in pixels.
-
-    Returns
-    -------
-    uint8 array of shape (size, size) or (size, size, 3)
-    """
-    height, width = image.shape[:2]
-    left, top, right, bottom = box
-    # at least one row and column of the image, so that there is a border to replicate
-    x0, x1 = min(max(left, 0), width - 1), max(min(right, width), 1)
-    y0, y1 = min(max(top, 0), height - 1), max(min(bottom, height), 1)
-    inside = image[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)]
-    side, shift_x, shift_y = right - left, x0 - left, y0 - top
-    if side > size:  # shrink before padding: a border of thousands of pixels need never exist
-        scale = size / side
-        inside = _scaled(inside, scale)
-        side, shift_x, shift_y = size, round(shift_x * scale), round(shift_y * scale)
-    before_x, before_y = max(0, shift_x), max(0, shift_y)
-    after_x, after_y = max(0, side - before_x - inside.shape[1]), max(0, side - before_y - inside.shape[0])
-    padded = cv2.copyMakeBorder(inside, before_y, after_y, before_x, after_x, cv2.BORDER_REPLICATE)[:side, :side]
-    return padded if side == size else cv2.resize(padded, (size, size), interpolation=cv2.INTER_CUBIC)
-
-
 def unusable(size):
-    """Why a photo of that (width, height) cannot hold a mouth, as a status of the manifest; empty if it can."""
+    """Why a photo of that (width, height) cannot hold a mouth, as a status; empty if it can."""
     if max(size) > MAX_SIDE_RATIO * min(size):
         return "side_ratio"
     return "too_small" if min(size) < MIN_SIDE else ""
 
 
-def mouth_box(landmarks):
-    """The square around a mouth: landmarks 48 to 67, their bounding square's side x 1.5, same centre.
-
-    Parameters
-    ----------
-    landmarks : float array of shape (68, 2), (x, y) in pixels
-
-    Returns
-    -------
-    tuple of four ints (left, top, right, bottom)
-    """
-    low, high = landmarks[48:68].min(0), landmarks[48:68].max(0)
-    side = max(1, round(float((high - low).max()) * CROP_MARGIN))
-    left, top = np.round((low + high) / 2 - side / 2).astype(int).tolist()
-    return left, top, left + side, top + side
+# --- finding faces
 
 
 def landmark_file():
@@ -252,206 +200,30 @@ def landmark_file():
     raise FileNotFoundError("the landmark file is missing; 'pip install face_recognition_models' brings it")
 
 
-class LipCropper:
-    """Finds faces and cuts out their mouths.
+class Face(NamedTuple):
+    """One face of a photo. Boxes are (left, top, right, bottom) in pixels of the photo."""
 
-    Loading takes about half a second (a landmark file of 100 MB), so make one and call it often; threads may share it.
+    box: tuple  # the face, four ints
+    landmarks: np.ndarray  # float, 68 x 2, (x, y)
+    mouth: tuple  # the square that was cut out, four ints; may reach beyond the photo
+    crop: np.ndarray  # uint8, 128 x 128 x 3, RGB
+    detector: str  # what found it
 
-    Raises
-    ------
-    FileNotFoundError
-        There is no landmark file.
-    ValueError
-        It is damaged.
-    """
 
-    def __init__(self):
-        cv2.setNumThreads(1)  # the caller's workers use the cores; OpenCV's own threads fight them
-        self._local = threading.local()
-        path = landmark_file()
-        try:
-            self._predictor = dlib.shape_predictor(str(path))
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not a file of landmarks ({error}); 'pip install --force-reinstall face_recognition_models' "
-                             "brings one") from None
+class Found(NamedTuple):
+    """What `LipCropper.find` sees in a file."""
 
-    def __call__(self, photo, largest=False):
-        """Find the faces of a photo.
-
-        Parameters
-        ----------
-        photo : uint8 array of shape (H, W, 3), RGB
-        largest : bool
-            Return at most one face, the largest, and stop looking once it is found.
-
-        Returns
-        -------
-        list of Face, largest first
-            Beside a large face, those of the far background are not looked for.
-        """
-        return self.look(photo, largest)[0]
-
-    def look(self, photo, largest=False):
-        """As a call, but returns ``(faces, doubtful)``: the number of boxes that a cascade found and a check refused."""
-        scale = min(1.0, SEARCH_SIDE / max(photo.shape[:2]))
-        grey = cv2.cvtColor(_scaled(photo, scale) if scale < 1 else photo, cv2.COLOR_RGB2GRAY)
-        faces, doubtful = [], 0
-        for search in SEARCHES:
-            if faces and search.fallback:
-                continue
-            biggest = max((face.box[2] - face.box[0] for face in faces), default=0) * scale / max(grey.shape)
-            if search.faces and search.faces[1] < biggest * LEAST_SHARE:
-                break
-            for turn in search.turns:
-                image, back = _turned(grey, turn)
-                for box, sure in self._search(image, search):
-                    landmarks = self._landmarks(image, box, sure)
-                    if landmarks is None:
-                        doubtful += 1
-                        continue
-                    landmarks = (landmarks @ back[:, :2].T + back[:, 2]) / scale
-                    mouth = mouth_box(landmarks)
-                    if not shows(photo, mouth):
-                        doubtful += 1
-                        continue
-                    place = _turned_box(box, back, scale)
-                    if all(_overlap(place, other.box) < 0.3 for other in faces):
-                        faces.append(Face(place, landmarks, mouth, cut(photo, mouth, CROP_SIDE), search.name))
-                        if largest:
-                            return faces, doubtful
-        return sorted(faces, key=lambda face: face.box[0] - face.box[2]), doubtful
-
-    def find(self, source, largest=False):
-        """Find the faces of a photo that is not decoded yet: large JPEGs take a fraction of the time.
-
-        Parameters
-        ----------
-        source : path-like or bytes
-            A file or its content, as for `read_photo`.
-        largest : bool
-            As for a call.
-
-        Returns
-        -------
-        faces : list of Face
-            In pixels of the whole photo, crops cut from no fewer pixels than they have.
-        doubtful : int
-            As `look` returns it.
-        size : (int, int)
-            Width and height of the photo.
-        photo : uint8 array of shape (H, W, 3)
-            As it was searched: a large JPEG at a fraction of its size.
-
-        Raises
-        ------
-        OSError
-            As `read_photo`.
-        """
-        source = source if isinstance(source, bytes) else read_file(source)
-        photo, size = _decode(source, DECODE_SIDE)
-        scale = size[0] / photo.shape[1]
-        if unusable(size):
-            return [], 0, size, photo
-        faces, doubtful = self.look(photo, largest)
-        if scale > 1:
-            small = any(face.mouth[2] - face.mouth[0] < CROP_SIDE for face in faces)
-            whole = read_photo(source) if small else None
-            for i, face in enumerate(faces):
-                landmarks = face.landmarks * scale
-                mouth = mouth_box(landmarks)
-                crop = cut(whole, mouth, CROP_SIDE) if small else face.crop
-                faces[i] = Face(tuple(round(v * scale) for v in face.box), landmarks, mouth, crop, face.detector)
-        return faces, doubtful, size, photo
-
-    def follow(self, photo, landmarks):
-        """Find a face again in the next frame of a video, from where it was: a fraction of the time of a search.
-
-        Parameters
-        ----------
-        photo : uint8 array of shape (H, W, 3), RGB
-        landmarks : float array of shape (68, 2)
-            Of the face in the frame before.
-
-        Returns
-        -------
-        Face or None
-            None where there is no longer a face, its mouth left the frame, or it went further than a third of its size.
-        """
-        # the box in which a search would have found them, by the medians over photos
-        centre = landmarks.mean(0)
-        side = 3.25 * np.sqrt(((landmarks - centre) ** 2).sum(1).mean())
-        left, top = centre - (side / 2, 0.617 * side)
-        box = (left, top, left + side, top + side)
-        landmarks = self._landmarks(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), box, False, FACE_SIDE // 3)
-        if landmarks is None:
-            return None
-        mouth = mouth_box(landmarks)
-        if not shows(photo, mouth):
-            return None
-        return Face(tuple(round(float(v)) for v in box), landmarks, mouth, cut(photo, mouth, CROP_SIDE), "followed")
-
-    def _detector(self, name):
-        """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
-        detectors = self._local.__dict__
-        if name not in detectors:
-            detectors[name] = dlib.get_frontal_face_detector() if name == "hog" else self._cascade(name)
-        return detectors[name]
-
-    @staticmethod
-    def _cascade(name):
-        # read by Python: given a path that is not ASCII, OpenCV on Windows would load nothing and say nothing
-        text = Path(cv2.data.haarcascades, f"haarcascade_frontalface_{name}.xml").read_text("utf-8")
-        storage, cascade = cv2.FileStorage(text, cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY), cv2.CascadeClassifier()
-        cascade.read(storage.getFirstTopLevelNode())
-        return cascade
-
-    def _search(self, grey, search):
-        """Boxes (left, top, right, bottom) found by one search, largest first, each with whether it is beyond doubt."""
-        scale = search.side / max(grey.shape)
-        pad = round(search.border * search.side)
-        small = cv2.copyMakeBorder(_scaled(grey, scale), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-        if search.name == "hog":
-            found = [((b.left(), b.top(), b.right(), b.bottom()), False) for b in self._detector("hog")(small)]
-        else:
-            low, high = (round(share * search.side) for share in search.faces)
-            boxes, votes = self._detector(search.name).detectMultiScale2(
-                small, search.step, search.votes, minSize=(low, low), maxSize=(high, high))
-            found = [((x, y, x + w, y + h), n >= search.sure) for (x, y, w, h), n in zip(boxes, np.ravel(votes))]
-        found.sort(key=lambda one: one[0][0] - one[0][2])
-        return [(tuple((float(v) - pad) / scale for v in box), sure) for box, sure in found]
-
-    def _landmarks(self, grey, box, sure, edge=0):
-        """68 landmarks in pixels of `grey`, or None where box or landmarks make no face.
-
-        What is not sure gets a second look, without the outer `edge` pixels of a patch twice as wide as the face.
-        """
-        # the face at FACE_SIDE in the middle of a patch twice as wide
-        side = max(2, round(2 * (box[2] - box[0])))
-        left, top = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
-        patch = cut(grey, (left, top, left + side, top + side), 2 * FACE_SIDE)
-        if not sure and not self._looks_like_a_face(np.ascontiguousarray(patch[edge:len(patch) - edge, edge:len(patch) - edge])):
-            return None
-        half = FACE_SIDE // 2
-        shape = self._predictor(patch, dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE))
-        points = np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
-        return points * (side / (2 * FACE_SIDE)) + (left, top) if plausible(points / FACE_SIDE - 0.5) else None
-
-    def _looks_like_a_face(self, patch):
-        """A second look, with other eyes: whether dlib's HOG detector nearly agrees with the cascade."""
-        boxes, _, _ = self._detector("hog").run(patch, 0, HOG_SCORE)
-        return any(
-            abs(box.center().x - len(patch) / 2) < FACE_SIDE / 3
-            and abs(box.center().y - len(patch) / 2) < FACE_SIDE / 3
-            and FACE_SIDE / 2 < box.width() < FACE_SIDE * 1.5
-            for box in boxes
-        )
+    faces: list  # of Face, in pixels of the whole photo, crops cut from no fewer pixels than they have
+    refused: int  # boxes that a cascade found and a check refused
+    size: tuple  # width and height of the photo
+    photo: np.ndarray  # uint8, H x W x 3, as it was searched: a large JPEG at a fraction of its size
 
 
 class Search(NamedTuple):
     """One step of the chain by which faces are found. Lengths are shares of the image's longer side."""
 
     name: str  # of the cascade, or "hog"
-    side: int  # pixels to which the longer side is scaled: with the smallest face, this sets the time it takes
+    side: int  # pixels to which the longer side is scaled; this and the smallest face set the time it takes
     border: float  # replicated border, without which tight faces are not found
     step: float  # between two sizes of face
     votes: int  # least number of windows that agree
@@ -473,6 +245,205 @@ SEARCHES = (
     Search("alt2", 72, 0.4, 1.1, 2, NEVER, (0.4, 1.6), True, (-25, 25)),
     Search("hog", 240, 0.3, 0, 0, NEVER, (), True),
 )
+
+
+class LipCropper:
+    """Finds faces and cuts out their mouths.
+
+    Loading takes about half a second (a landmark file of 100 MB), so make one and call it often; threads may
+    share it.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no landmark file.
+    ValueError
+        It is damaged.
+    """
+
+    def __init__(self):
+        cv2.setNumThreads(1)  # the caller's workers use the cores; OpenCV's own threads fight them
+        self._local = threading.local()
+        path = landmark_file()
+        try:
+            self._predictor = dlib.shape_predictor(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a file of landmarks ({error}); "
+                             "'pip install --force-reinstall face_recognition_models' brings one") from None
+
+    def __call__(self, photo, largest=False):
+        """Find the faces of a photo.
+
+        Parameters
+        ----------
+        photo : uint8 array of shape (H, W, 3), RGB
+        largest : bool
+            Return at most one face, the largest, and stop looking once it is found.
+
+        Returns
+        -------
+        list of Face, largest first
+            Beside a large face, those of the far background are not looked for.
+        """
+        return self.look(photo, largest)[0]
+
+    def look(self, photo, largest=False):
+        """As a call, but returns ``(faces, refused)``: also how many boxes of a cascade a check refused."""
+        scale = min(1.0, SEARCH_SIDE / max(photo.shape[:2]))
+        grey = cv2.cvtColor(_scaled(photo, scale) if scale < 1 else photo, cv2.COLOR_RGB2GRAY)
+        faces, refused = [], 0
+        for search in SEARCHES:
+            if faces and search.fallback:
+                continue
+            biggest = max((face.box[2] - face.box[0] for face in faces), default=0) * scale / max(grey.shape)
+            if search.faces and search.faces[1] < biggest * LEAST_SHARE:
+                break
+            for turn in search.turns:
+                image, back = _turned(grey, turn)
+                for box, sure in self._search(image, search):
+                    landmarks = self._landmarks(image, box, sure)
+                    if landmarks is None:
+                        refused += 1
+                        continue
+                    landmarks = (landmarks @ back[:, :2].T + back[:, 2]) / scale
+                    mouth = mouth_box(landmarks)
+                    if not shows(photo, mouth):
+                        refused += 1
+                        continue
+                    place = _turned_box(box, back, scale)
+                    if all(_overlap(place, other.box) < 0.3 for other in faces):
+                        faces.append(Face(place, landmarks, mouth, cut(photo, mouth, CROP_SIDE), search.name))
+                        if largest:
+                            return faces, refused
+        return sorted(faces, key=lambda face: face.box[0] - face.box[2]), refused
+
+    def find(self, source, largest=False):
+        """Find the faces of a photo that is not decoded yet: large JPEGs take a fraction of the time.
+
+        Parameters
+        ----------
+        source : path-like or bytes
+            A file or its content, as for `read_photo`.
+        largest : bool
+            As for a call.
+
+        Returns
+        -------
+        Found
+
+        Raises
+        ------
+        OSError
+            As `read_photo`.
+        """
+        source = source if isinstance(source, bytes) else read_file(source)
+        photo, size = _decode(source, DECODE_SIDE)
+        scale = size[0] / photo.shape[1]
+        if unusable(size):
+            return Found([], 0, size, photo)
+        faces, refused = self.look(photo, largest)
+        if scale > 1:
+            small = any(face.mouth[2] - face.mouth[0] < CROP_SIDE for face in faces)
+            whole = read_photo(source) if small else None
+            for i, face in enumerate(faces):
+                landmarks = face.landmarks * scale
+                mouth = mouth_box(landmarks)
+                crop = cut(whole, mouth, CROP_SIDE) if small else face.crop
+                box = tuple(round(v * scale) for v in face.box)
+                faces[i] = Face(box, landmarks, mouth, crop, face.detector)
+        return Found(faces, refused, size, photo)
+
+    def follow(self, photo, landmarks):
+        """Find a face in the next frame of a video, from where it was, in a fraction of a search's time.
+
+        Parameters
+        ----------
+        photo : uint8 array of shape (H, W, 3), RGB
+        landmarks : float array of shape (68, 2)
+            Of the face in the frame before.
+
+        Returns
+        -------
+        Face or None
+            None where there is no longer a face, its mouth left the frame, or it went further than a third of
+            its size.
+        """
+        # the box in which a search would have found them, by the medians over photos
+        centre = landmarks.mean(0)
+        side = 3.25 * np.sqrt(((landmarks - centre) ** 2).sum(1).mean())
+        left, top = centre - (side / 2, 0.617 * side)
+        box = (left, top, left + side, top + side)
+        landmarks = self._landmarks(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), box, False, FACE_SIDE // 3)
+        if landmarks is None:
+            return None
+        mouth = mouth_box(landmarks)
+        if not shows(photo, mouth):
+            return None
+        box = tuple(round(float(v)) for v in box)
+        return Face(box, landmarks, mouth, cut(photo, mouth, CROP_SIDE), "followed")
+
+    def _detector(self, name):
+        """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
+        detectors = self._local.__dict__
+        if name not in detectors:
+            detectors[name] = dlib.get_frontal_face_detector() if name == "hog" else self._cascade(name)
+        return detectors[name]
+
+    @staticmethod
+    def _cascade(name):
+        # read by Python: given a path that is not ASCII, OpenCV on Windows would load nothing and say nothing
+        text = Path(cv2.data.haarcascades, f"haarcascade_frontalface_{name}.xml").read_text("utf-8")
+        storage = cv2.FileStorage(text, cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
+        cascade = cv2.CascadeClassifier()
+        cascade.read(storage.getFirstTopLevelNode())
+        return cascade
+
+    def _search(self, grey, search):
+        """Boxes (left, top, right, bottom) of one search, largest first, each with whether it is sure."""
+        scale = search.side / max(grey.shape)
+        pad = round(search.border * search.side)
+        small = cv2.copyMakeBorder(_scaled(grey, scale), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+        if search.name == "hog":
+            found = [((b.left(), b.top(), b.right(), b.bottom()), False)
+                     for b in self._detector("hog")(small)]
+        else:
+            low, high = (round(share * search.side) for share in search.faces)
+            boxes, votes = self._detector(search.name).detectMultiScale2(
+                small, search.step, search.votes, minSize=(low, low), maxSize=(high, high))
+            found = [((x, y, x + w, y + h), n >= search.sure)
+                     for (x, y, w, h), n in zip(boxes, np.ravel(votes))]
+        found.sort(key=lambda one: one[0][0] - one[0][2])
+        return [(tuple((float(v) - pad) / scale for v in box), sure) for box, sure in found]
+
+    def _landmarks(self, grey, box, sure, edge=0):
+        """68 landmarks in pixels of `grey`, or None where box or landmarks make no face.
+
+        What is not sure gets a second look, without the outer `edge` pixels of a patch twice as wide as the
+        face.
+        """
+        # the face at FACE_SIDE in the middle of a patch twice as wide
+        side = max(2, round(2 * (box[2] - box[0])))
+        left, top = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
+        patch = cut(grey, (left, top, left + side, top + side), 2 * FACE_SIDE)
+        inner = np.ascontiguousarray(patch[edge:len(patch) - edge, edge:len(patch) - edge])
+        if not sure and not self._looks_like_a_face(inner):
+            return None
+        half = FACE_SIDE // 2
+        shape = self._predictor(patch, dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE))
+        points = np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
+        if not plausible(points / FACE_SIDE - 0.5):
+            return None
+        return points * (side / (2 * FACE_SIDE)) + (left, top)
+
+    def _looks_like_a_face(self, patch):
+        """A second look, with other eyes: whether dlib's HOG detector nearly agrees with the cascade."""
+        boxes, _, _ = self._detector("hog").run(patch, 0, HOG_SCORE)
+        return any(
+            abs(box.center().x - len(patch) / 2) < FACE_SIDE / 3
+            and abs(box.center().y - len(patch) / 2) < FACE_SIDE / 3
+            and FACE_SIDE / 2 < box.width() < FACE_SIDE * 1.5
+            for box in boxes
+        )
 
 
 def plausible(landmarks):
@@ -501,7 +472,8 @@ def _turned(image, degrees):
         return image, np.eye(2, 3)
     height, width = image.shape[:2]
     there = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1)
-    return cv2.warpAffine(image, there, (width, height), borderMode=cv2.BORDER_REPLICATE), cv2.invertAffineTransform(there)
+    turned = cv2.warpAffine(image, there, (width, height), borderMode=cv2.BORDER_REPLICATE)
+    return turned, cv2.invertAffineTransform(there)
 
 
 def _turned_box(box, back, scale):
@@ -509,13 +481,6 @@ def _turned_box(box, back, scale):
     centre = back @ ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 1)
     half = ((box[2] - box[0]) / 2, (box[3] - box[1]) / 2)
     return tuple(round(float(v) / scale) for v in (*(centre - half), *(centre + half)))
-
-
-def _scaled(image, scale):
-    height, width = image.shape[:2]
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    # averaging areas costs ten times as much and hardly differs down to half the size
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR)
 
 
 def _overlap(a, b):
@@ -526,7 +491,292 @@ def _overlap(a, b):
     return max(0, width) * max(0, height) / smaller
 
 
-TEMPORARY = "." + "[0-9a-f]" * 16 + ".tmp"  # a pattern for the names that `write_file` and others take from `temporary`
+# --- the crop
+
+
+def mouth_box(landmarks):
+    """The square around a mouth: landmarks 48 to 67, their bounding square's side x 1.5, same centre.
+
+    Parameters
+    ----------
+    landmarks : float array of shape (68, 2), (x, y) in pixels
+
+    Returns
+    -------
+    tuple of four ints (left, top, right, bottom)
+    """
+    low, high = landmarks[48:68].min(0), landmarks[48:68].max(0)
+    side = max(1, round(float((high - low).max()) * CROP_MARGIN))
+    left, top = np.round((low + high) / 2 - side / 2).astype(int).tolist()
+    return left, top, left + side, top + side
+
+
+def shows(photo, mouth):
+    """Whether at least the middle of a mouth's box is in the photo: landmarks go on beyond its edge."""
+    x, y = (mouth[0] + mouth[2]) / 2, (mouth[1] + mouth[3]) / 2
+    return 0 <= x < photo.shape[1] and 0 <= y < photo.shape[0]
+
+
+def cut(image, box, size):
+    """Cut a box out of an image and scale it; where the box leaves the image the border is replicated.
+
+    Parameters
+    ----------
+    image : uint8 array of shape (H, W) or (H, W, 3)
+    box : four ints (left, top, right, bottom), at least one pixel wide and high
+    size : int
+        Side of the square result in pixels.
+
+    Returns
+    -------
+    uint8 array of shape (size, size) or (size, size, 3)
+    """
+    height, width = image.shape[:2]
+    left, top, right, bottom = box
+    # at least one row and column of the image, so that there is a border to replicate
+    x0, x1 = min(max(left, 0), width - 1), max(min(right, width), 1)
+    y0, y1 = min(max(top, 0), height - 1), max(min(bottom, height), 1)
+    inside = image[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)]
+    side, shift_x, shift_y = right - left, x0 - left, y0 - top
+    if side > size:  # shrink before padding: a border of thousands of pixels need never exist
+        scale = size / side
+        inside = _scaled(inside, scale)
+        side, shift_x, shift_y = size, round(shift_x * scale), round(shift_y * scale)
+    before_x, before_y = max(0, shift_x), max(0, shift_y)
+    after_x = max(0, side - before_x - inside.shape[1])
+    after_y = max(0, side - before_y - inside.shape[0])
+    padded = cv2.copyMakeBorder(inside, before_y, after_y, before_x, after_x, cv2.BORDER_REPLICATE)
+    padded = padded[:side, :side]
+    return padded if side == size else cv2.resize(padded, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _scaled(image, scale):
+    height, width = image.shape[:2]
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # averaging areas costs ten times as much and hardly differs down to half the size
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR)
+
+
+# --- a folder of photos, with workers that may die
+
+AHEAD = 3  # photos that a worker has before it, so that it never waits for the next
+BATCH = 16  # photos that go to the journal at once: flushing a folder takes longer than a photo
+
+
+def list_photos(photos):
+    """All files in the class folders below `photos`: sorted pairs (source relative to `photos`, class).
+
+    A folder that cannot be opened, or is a link below a class folder, counts as a file, so that it does not
+    vanish without a word.
+    """
+    found = []
+    for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        closed = []  # errors
+        for place, folders, files in os.walk(folder, onerror=closed.append):
+            place = Path(place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            files += [name for name in folders if (place / name).is_symlink()]  # which may lead in circles
+            found += [((place / name).relative_to(photos).as_posix(), folder.name) for name in files]
+        found += [(Path(error.filename).relative_to(photos).as_posix(), folder.name) for error in closed]
+    return sorted(found)
+
+
+def perceptual_hash(image, side=16):
+    """Which neighbours in a grey miniature of an image grow brighter to the right: the difference hash.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+
+    Returns
+    -------
+    str
+        256 bits as 64 hexadecimal digits.
+    """
+    grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+
+
+def crop_name(label, sha1):
+    while len(os.fsencode(label)) > 230:  # file names end at 255 bytes
+        label = label[:-1]
+    return f"{label}_{sha1[:12]}.jpg"
+
+
+def identify(photos, source, label):
+    """A photo's row as far as the file alone tells, with status `unreadable`, and its bytes or None."""
+    row = dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
+    data = None
+    with contextlib.suppress(OSError, MemoryError):
+        about = (photos / source).stat()
+        row |= {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+        data = read_file(photos / source)
+        row |= {"sha1": hashlib.sha1(data).hexdigest()}
+    return row, data
+
+
+def process_photo(cropper, photos, source, label):
+    """Look at the photo ``photos/source`` of class `label`, and decide its fate.
+
+    Returns
+    -------
+    (row, jpeg) : dict, bytes or None
+        The photo's row of the manifest, with `COLUMNS` as keys, and the crop of its largest face's mouth.
+    """
+    row, data = identify(photos, source, label)
+    if data is None:
+        return row, None
+    try:
+        faces, refused, size, photo = cropper.find(data, largest=True)
+    except (OSError, MemoryError, cv2.error):
+        return row, None
+    if unusable(size):
+        return row | {"status": unusable(size)}, None
+    if not faces:
+        return row | {"status": "implausible" if refused else "no_face"}, None
+    face = faces[0]
+    row |= {"face": " ".join(map(str, face.box)), "mouth": " ".join(map(str, face.mouth)),
+            "detector": face.detector}
+    if face.mouth[2] - face.mouth[0] < MIN_MOUTH:
+        return row | {"status": "too_small"}, None
+    row |= {"status": "ok", "crop": crop_name(label, row["sha1"]),
+            "look": perceptual_hash(Image.fromarray(photo))}
+    _, jpeg = cv2.imencode(".jpg", face.crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    return row, jpeg.tobytes()
+
+
+def work(pipe, seconds):
+    """The life of a worker process: it looks at the photos that come through the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others talk of what is odd in a photo
+    try:
+        cropper = LipCropper()
+        limit_memory()
+        pipe.send(None)  # from here on, a death is a photo's doing
+        while True:
+            task = pipe.recv()
+            # ends this process even where a decoder never comes back to Python
+            faulthandler.dump_traceback_later(seconds, exit=True)
+            answer = process_photo(cropper, *task)
+            faulthandler.cancel_dump_traceback_later()
+            pipe.send(answer)
+    except (EOFError, ConnectionError):  # the parent has ended, or been killed
+        pass
+    except Exception as error:  # not the photo's doing: the parent stops with it
+        pipe.send(error)
+
+
+def limit_memory():
+    """Give this process `MAX_MEMORY` beside what it has, where the system can tell and limit it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        _, highest = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (now + MAX_MEMORY, highest))
+
+
+class Worker:
+    """A worker process, the pipe to it, and the photos that it has before it, in their order."""
+
+    def __init__(self):
+        # spawn: a worker forked from a process in which OpenCV has run threads waits forever
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=work, args=(other_end, MAX_SECONDS), daemon=True)
+        self.process.start()
+        other_end.close()  # only the worker holds it now, so that its death ends the pipe
+        self.ready, self.tasks = False, deque()
+
+    def give(self, task):
+        self.tasks.append(task)
+        with contextlib.suppress(ConnectionError):  # it is dead, which whoever waits for the answer sees
+            self.pipe.send(task)
+
+    def end(self):
+        self.process.kill()  # it writes nothing, so nothing is left half done
+        self.process.join()
+        self.pipe.close()
+
+
+def look_at(tasks, workers):
+    """Yield what `process_photo` returns for all tasks, in the order in which they finish.
+
+    A photo whose worker dies, or is ended after `MAX_SECONDS`, is tried once more, after all others; if that
+    happens again it is unreadable. The others cost nothing: a new worker takes them on.
+
+    Parameters
+    ----------
+    tasks : list of (photos, source, label)
+    workers : int
+        Number of processes.
+
+    Raises
+    ------
+    ChildProcessError
+        Workers die without a photo.
+    """
+    waiting, tried = deque(tasks), set()
+    crew = [Worker() for _ in range(min(workers, len(tasks)))]
+    try:
+        while waiting or any(worker.tasks for worker in crew):
+            for worker in crew:
+                while waiting and len(worker.tasks) < AHEAD:
+                    worker.give(waiting.popleft())
+            pipes = connection.wait([worker.pipe for worker in crew if worker.tasks])
+            for i, worker in enumerate(crew):
+                if worker.pipe not in pipes:
+                    continue
+                try:
+                    answer = worker.pipe.recv()
+                except (EOFError, OSError):  # it is dead
+                    if not worker.ready:
+                        raise ChildProcessError("worker processes die before they begin; is there enough "
+                                                "memory? Try --workers 1") from None
+                    worker.end()
+                    crew[i] = Worker()
+                    task, *others = worker.tasks
+                    waiting.extendleft(reversed(others))
+                    if task not in tried:
+                        tried.add(task)
+                        waiting.append(task)
+                    else:
+                        yield identify(*task)[0], None
+                    continue
+                if isinstance(answer, Exception):
+                    raise answer
+                if worker.ready:
+                    worker.tasks.popleft()
+                    yield answer
+                worker.ready = True
+    finally:
+        for worker in crew:
+            worker.end()
+
+
+def run_parallel(tasks, crops, workers):
+    """Look at photos, write their crops, and yield their rows, some at a time, once the disk holds the crops.
+
+    Parameters and errors are those of `look_at`, and OSError where a crop cannot be written.
+    """
+    def save(row, jpeg):
+        if jpeg:
+            write_file(crops / row["class"] / row["crop"], jpeg)
+        return row
+
+    # flushing takes longer than writing: the disk does it while the workers look at the next photos
+    with contextlib.closing(look_at(tasks, workers)) as answers, ThreadPoolExecutor(4) as disk:
+        under_way = (disk.submit(save, *answer) for answer in answers)
+        while some := list(itertools.islice(under_way, BATCH)):
+            rows = [one.result() for one in some]
+            for label in {row["class"] for row in rows if row["crop"]}:
+                sync_folder(crops / label)
+            yield rows
+
+
+# --- files that are whole or not there
+
+TEMPORARY = "." + "[0-9a-f]" * 16 + ".tmp"  # a pattern for the names that `temporary` gives
 
 
 def temporary(path):
@@ -560,282 +810,17 @@ def write_file(path, data):
     """
     part = temporary(path)
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            try:
-                file = open(part, "xb")
-            except FileNotFoundError:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = open(part, "xb")
-            with file:
+            with open(part, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+                part.unlink()
             raise
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Hold the lock file `path` for this process alone. The system lets go of it when the process ends, however it ends.
-
-    Raises
-    ------
-    BlockingIOError
-        Another process holds it.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-    with file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                file.seek(1 << 30)  # beyond the end: Windows would let nobody read what is locked
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise BlockingIOError(f"{path.parent}: another run is at work there; wait for its end") from None
-        except OSError:
-            pass  # some network disks know no locks
-        yield
-
-
-def plain(text):
-    """A text that is safe to print: what would steer the terminal, or is not in its alphabet, is escaped."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def end_output():
-    """Print nothing more: who read it, such as `head`, has seen enough and gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def columns(text):
-    """How many columns of a terminal a text takes: Chinese letters take two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def pad(text, width):
-    """The text with spaces after it, up to `width` columns of a terminal."""
-    return text + " " * (width - columns(text))
-
-
-def is_name(text):
-    """Whether a text names something in a folder, not a way out of it."""
-    return text not in ("", "..") and Path(text).name == text
-
-
-def perceptual_hash(image, side=16):
-    """Which neighbours in a grey miniature of an image grow brighter to the right: the difference hash.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-
-    Returns
-    -------
-    str
-        256 bits as 64 hexadecimal digits.
-    """
-    grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
-
-
-def crop_name(label, sha1):
-    while len(os.fsencode(label)) > 230:  # file names end at 255 bytes
-        label = label[:-1]
-    return f"{label}_{sha1[:12]}.jpg"
-
-
-def _identify(photos, source, label):
-    """A photo's row as far as the file alone tells, with `unreadable` for status, and its content, None if that is true."""
-    row = dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
-    try:
-        about = (photos / source).stat()
-        row |= {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
-        data = read_file(photos / source)
-    except (OSError, MemoryError):
-        return row, None
-    return row | {"sha1": hashlib.sha1(data).hexdigest()}, data
-
-
-def process_photo(cropper, photos, crops, source, label, write=write_file):
-    """Crop the mouth of the largest face in ``photos/source`` into ``crops/label``, by a call of ``write(path, bytes)``.
-
-    Returns
-    -------
-    dict
-        The photo's row of the manifest, with `COLUMNS` as keys.
-    """
-    row, data = _identify(photos, source, label)
-    if data is None:
-        return row
-    try:
-        faces, doubtful, size, photo = cropper.find(data, largest=True)
-    except (OSError, MemoryError, cv2.error):
-        return row
-    if unusable(size):
-        return row | {"status": unusable(size)}
-    if not faces:
-        return row | {"status": "implausible" if doubtful else "no_face"}
-    face = faces[0]
-    row |= {"face": _box_text(face.box), "mouth": _box_text(face.mouth), "detector": face.detector}
-    if face.mouth[2] - face.mouth[0] < MIN_MOUTH:
-        return row | {"status": "too_small"}
-    row |= {"status": "ok", "crop": crop_name(label, row["sha1"]), "look": perceptual_hash(Image.fromarray(photo))}
-    _, jpeg = cv2.imencode(".jpg", face.crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-    write(crops / label / row["crop"], jpeg.tobytes())
-    return row
-
-
-def _box_text(box):
-    return " ".join(map(str, box))
-
-
-def _start_worker(seconds):
-    global _cropper, _trouble, _seconds
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others talk of what is odd in a photo; errors travel otherwise
-    _cropper = _trouble = None
-    _seconds = seconds
-    try:
-        _cropper = LipCropper()
-    except (OSError, ValueError) as error:  # raised here, it would look as if a photo had killed the worker
-        _trouble = error
-    with contextlib.suppress(ImportError, OSError, ValueError):  # where the system can tell and limit it
-        import resource
-
-        now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (now + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-
-def _end_with_parent():
-    """A killed parent does not tell its workers, which would wait for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _work(tasks):
-    if _trouble:
-        raise _trouble
-    rows, writes = [], []
-
-    def write(*file):
-        writes.append(disk.submit(write_file, *file))
-
-    # flushing takes longer than writing: the disk does a chunk's crops at once, while the next photos are looked at
-    with ThreadPoolExecutor(4) as disk:
-        try:
-            for task in tasks:
-                # ends this process even where a decoder never comes back to Python
-                faulthandler.dump_traceback_later(_seconds, exit=True)
-                rows.append(process_photo(_cropper, *task, write))
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-    for done in writes:
-        done.result()
-    for folder in {crops / label for _, crops, _, label in tasks} if writes else ():
-        sync_folder(folder)
-    return rows
-
-
-def run_parallel(tasks, workers, chunk=16, careful=False):
-    """Yield the manifest rows of all tasks, in the order in which they finish, some at a time.
-
-    A photo whose worker process dies, or is ended after `MAX_SECONDS`, costs itself only: the others that
-    were under way are tried again, carefully, which is one at a time, and that finds the culprit.
-
-    Raises
-    ------
-    OSError
-        A crop cannot be written, or workers die without a photo.
-    """
-    chunk = max(1, min(chunk, len(tasks) // (2 * workers)))
-    waiting = [tasks[i:i + chunk] for i in range(0, len(tasks), chunk)][::-1]
-    running = {}
-    while waiting or running:
-        # spawn: a worker forked from a process in which OpenCV has run threads waits forever
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(MAX_SECONDS,))
-        try:
-            if careful:
-                pool.submit(_work, []).result()  # from here on, a death is the photo's doing
-            while waiting or running:
-                while waiting and len(running) < (1 if careful else 3 * workers):
-                    future = pool.submit(_work, waiting[-1])
-                    running[future] = waiting.pop()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    rows = future.result()
-                    del running[future]
-                    yield rows
-        except BrokenProcessPool:
-            suspects = [task for some in running.values() for task in some]
-            running = {}
-            if careful and not suspects:
-                raise ChildProcessError("worker processes die before they begin; is there enough memory? Try --workers 1") from None
-            if careful:
-                (photos, _, source, label), = suspects
-                yield [_identify(photos, source, label)[0]]
-            else:
-                yield from run_parallel(suspects, 1, 1, careful=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def list_photos(photos):
-    """All files in the class folders below `photos`: sorted pairs (source relative to `photos`, class).
-
-    A folder that cannot be opened, or is a link below a class folder, counts as a file, so that it does not vanish without a word.
-    """
-    found = []
-    for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        closed = []
-        for place, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            files += [name for name in folders if (Path(place) / name).is_symlink()]  # which may lead in circles
-            found += [((Path(place) / name).relative_to(photos).as_posix(), folder.name) for name in files]
-        found += [(Path(place).relative_to(photos).as_posix(), folder.name) for place in closed]
-    return sorted(found)
-
-
-def read_csv(path):
-    """The rows of a CSV file as dicts, in which what is missing is empty; none where there is no such file."""
-    if not path.is_file():
-        return []
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return [defaultdict(str, {key: value.removeprefix("'") for key, value in row.items() if key})
-                    for row in csv.DictReader(file, restval="")]
-    except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV file ({error}); remove it and run the same command again") from None
-
-
-def write_csv(path, columns, rows):
-    """Write dicts with `columns` as keys, whole or not at all; names that are not UTF-8 keep their bytes.
-
-    Spreadsheets run what begins with = + - @ or a tab. Such texts get an apostrophe, which `read_csv` takes
-    away again, as do those that begin with one.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writerow(columns)
-    for row in rows:
-        cells = [str(row[column]) for column in columns]
-        cells = [f"'{cell}" if re.match(r"[=+\-@\t\r\n']", cell) and not re.fullmatch(r"-[-\d ]+", cell) else cell for cell in cells]
-        # Python before 3.13 leaves a carriage return bare, which ends the row for the reader
-        (quoting if any("\r" in cell for cell in cells) else writer).writerow(cells)
-    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
-    sync_folder(path.parent)
 
 
 def sync_folder(folder):
@@ -849,42 +834,127 @@ def sync_folder(folder):
                 os.close(handle)
 
 
-def _read_journal(path):
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` for this process alone, until it ends, however it ends.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it.
+    """
+    lock = FileLock(path, blocking=False)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(f"{path.parent}: another run is at work there; wait for its end") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network disks know no locks
+                raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- the manifest
+
+
+def read_csv(path):
+    """The rows of a CSV file as dicts, in which what is missing is empty; none where there is no file."""
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return [defaultdict(str, {key: value.removeprefix("'") for key, value in row.items() if key})
+                    for row in csv.DictReader(file, restval="")]
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV file ({error}); "
+                         "remove it and run the same command again") from None
+
+
+def write_csv(path, columns, rows):
+    """Write dicts with `columns` as keys, whole or not at all; names that are not UTF-8 keep their bytes.
+
+    Spreadsheets run what begins with = + - @ or a tab. Such texts get an apostrophe, which `read_csv` takes
+    away again, as do those that begin with one.
+    """
+    def safe(cell):
+        box = re.fullmatch(r"-[-\d ]+", cell)
+        return f"'{cell}" if re.match(r"[=+\-@\t\r\n']", cell) and not box else cell
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerow(columns)
+    for row in rows:
+        cells = [safe(str(row[column])) for column in columns]
+        # Python before 3.13 leaves a carriage return bare, which ends the row for the reader
+        (quoting if any("\r" in cell for cell in cells) else writer).writerow(cells)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    sync_folder(path.parent)
+
+
+def read_journals(crops):
+    """The rows of all journals: what unfinished runs and the parts of a job have done."""
     rows = []
-    if path.is_file():
+    for path in sorted(crops.glob(f"{JOURNAL}*")):
         for line in path.read_text("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError, AttributeError):  # a line cut short by a kill is a photo to do again
-                rows.append(defaultdict(str, {key: str(value) for key, value in json.loads(line).items()}))
+            with contextlib.suppress(ValueError):  # a line cut short by a kill is a photo to do again
+                rows.append({key: str(value) for key, value in json.loads(line).items()})
     return rows
 
 
-def _reusable(row, photos, crops):
-    """Whether a row of an earlier run still holds: same photo, and its crop is there."""
-    try:
-        about = (photos / row["source"]).stat()
-        size, stamp = str(about.st_size), str(about.st_mtime_ns)
-    except OSError:
-        size = stamp = ""
-    if (size, stamp) != (str(row["bytes"]), str(row["mtime_ns"])):
-        return False
-    return not row["crop"] or row["status"] == "conflict" or _is_ours(row) and (crops / row["class"] / row["crop"]).is_file()
+def is_name(text):
+    """Whether a text names something in a folder, not a way out of it."""
+    return text not in ("", "..") and Path(text).name == text
 
 
-def _is_ours(row):
-    """Whether this script made a row's crop: a manifest may come from anywhere, and crops are removed by it."""
-    return is_name(row["class"]) and is_name(row["crop"]) and row["crop"] == crop_name(row["class"], row["sha1"])
+def is_ours(row):
+    """Whether this script made a row's crop, and may remove it: a manifest may come from anywhere."""
+    label, crop = row["class"], row["crop"]
+    return is_name(label) and is_name(crop) and crop == crop_name(label, row["sha1"])
 
 
-def _is_heic(row):
+def is_heic(row):
     """Whether a row is of an unreadable photo that pillow-heif may be able to read."""
     return row["status"] == "unreadable" and row["source"].lower().endswith(HEIC)
 
 
-def _worth_a_try(row, path):
-    """Whether a photo that could not be read before can be now: its permissions, or what is installed, may have changed."""
+def worth_a_try(row, path):
+    """Whether a photo that could not be read now can: permissions, or what is installed, may have changed."""
     if row["sha1"]:
-        return bool(pillow_heif) and _is_heic(row)
+        return bool(pillow_heif) and is_heic(row)
     return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
+
+
+def still_true(row, photos, crops):
+    """Whether a row of an earlier run still holds: the photo is the same, and its crop is there."""
+    try:
+        about = (photos / row["source"]).stat()
+        stamp = str(about.st_size), str(about.st_mtime_ns)
+    except OSError:
+        stamp = "", ""
+    if stamp != (row["bytes"], row["mtime_ns"]):
+        return False
+    if not row["crop"] or row["status"] == "conflict":
+        return True
+    return is_ours(row) and (crops / row["class"] / row["crop"]).is_file()
+
+
+def known_rows(before, sources, photos, crops):
+    """What of the manifest's rows `before` and of the journals still holds: dict of source to row."""
+    before = [row for row in before if not worth_a_try(row, photos / row["source"])]
+    rows = {row["source"]: row for row in (*before, *read_journals(crops))
+            if sources.get(row["source"]) == row["class"] and still_true(row, photos, crops)}
+    classes = defaultdict(set)
+    for row in rows.values():
+        classes[row["sha1"]].add(row["class"])
+    # a conflict lasts as long as both copies are there
+    return {source: row for source, row in rows.items()
+            if row["status"] != "conflict" or len(classes[row["sha1"]]) > 1}
 
 
 def settle(rows):
@@ -910,6 +980,70 @@ def settle(rows):
     return [row | {"status": status(row)} for row in rows]
 
 
+def part_of_job():
+    """This process's number and how many there are: (0, 1) but where RANK and WORLD_SIZE say otherwise."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def preprocess(photos, crops, workers):
+    """Bring `crops` up to date with `photos`; what earlier runs did, finished or not, is kept.
+
+    Parameters
+    ----------
+    photos, crops : Path
+    workers : int
+        Number of processes.
+
+    Returns
+    -------
+    (rows, new, known) : list of dict or None, int, int
+        The manifest; how many photos this process looked at; how many it knew. With RANK and WORLD_SIZE in
+        the environment it does its part only, leaves a journal and returns None for the manifest.
+    """
+    sources = dict(list_photos(photos))
+    if not sources:
+        raise FileNotFoundError(f"{photos}: no photos in class folders; "
+                                f"put them in {photos}/<class>/, one folder a class")
+    rank, world = part_of_job()
+    journal = crops / f"{JOURNAL}{rank}"
+    with contextlib.ExitStack() as locks:
+        parts = sorted(crops.glob(".lock[0-9]*")) if world == 1 else []  # nobody gathers what is not done
+        for path in (crops / (".lock" if world == 1 else f".lock{rank}"), *parts):
+            locks.enter_context(locked(path))
+        before = read_csv(crops / MANIFEST)
+        rows = known_rows(before, sources, photos, crops)
+        share = list(sources.items())[rank::world]
+        tasks = [(photos, source, label) for source, label in share if source not in rows]
+        with writing(journal), open(journal, "a", encoding="utf-8") as log:
+            log.write("\n")  # ends what a kill cut short
+            with tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
+                for some in run_parallel(tasks, crops, workers):
+                    rows |= {row["source"]: row for row in some}
+                    log.write("".join(json.dumps(row) + "\n" for row in some))
+                    log.flush()
+                    bar.update(len(some))
+        if world > 1:
+            return None, len(tasks), len(share) - len(tasks)
+        final = settle(rows.values())
+        finish(crops, before, final)
+        return final, len(tasks), len(final) - len(tasks)
+
+
+def finish(crops, before, final):
+    """Write the manifest, and remove what only the run needed: stale crops, journals, temporary files."""
+    keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
+    for row in (*before, *final):
+        if is_ours(row) and (row["class"], row["crop"]) not in keep:
+            (crops / row["class"] / row["crop"]).unlink(missing_ok=True)
+    write_csv(crops / MANIFEST, COLUMNS, final)
+    for path in crops.glob(f"{JOURNAL}*"):
+        path.unlink(missing_ok=True)
+    sweep(crops, *(path for path in crops.iterdir() if path.is_dir()))
+
+
+# --- the contact sheet
+
+
 def label_font(text, size):
     """A font that has the letters of `text`, and the text to draw with it.
 
@@ -931,7 +1065,7 @@ def label_font(text, size):
 
 
 def contact_sheet(crops, rows, columns=14, side=90):
-    """Crops of each class, evenly spread over the class, in one picture: two rows a class, with the names of their photos."""
+    """One picture with two rows of crops a class, evenly spread over it, and the names of their photos."""
     by_class = {}
     for row in rows:
         if row["status"] == "ok":
@@ -956,140 +1090,112 @@ def contact_sheet(crops, rows, columns=14, side=90):
     return sheet
 
 
-def table(rows):
-    """Lines of text: how many photos of each class have each status."""
-    counts = Counter((row["class"], row["status"]) for row in rows)
-    statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
-    classes = sorted({label for label, _ in counts})
-    width = max(map(columns, ("class", "total", *classes))) + 2
-    lines = [pad("class", width) + "photos".rjust(8) + "".join(s.rjust(len(s) + 3) for s in statuses)]
-    for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
-        cells = [sum(counts[label, status] for label in labels) for status in statuses]
-        everything = sum(counts[label, status] for label in labels for status in STATUSES)
-        lines.append(pad(name, width) + f"{everything:8}" + "".join(f"{c:{len(s) + 3}}" for c, s in zip(cells, statuses)))
-    return lines
-
-
-def preprocess(photos, crops, workers):
-    """Bring `crops` up to date with `photos`; what earlier runs did, finished or not, is kept.
-
-    Parameters
-    ----------
-    photos, crops : Path
-    workers : int
-        Number of processes.
-
-    Returns
-    -------
-    (rows, new) : list of dict, int
-        The manifest, and how many photos this process looked at. With RANK and WORLD_SIZE in the
-        environment, as torchrun sets them, each process does its share and the first one, when all are
-        done, writes the manifest; the others return None for it.
-    """
-    sources = dict(list_photos(photos))
-    if not sources:
-        raise FileNotFoundError(f"{photos}: no photos in class folders; put them in {photos}/<class>/, one folder a class")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    journal = crops / f"{JOURNAL}{rank}"
-    with locked(journal if rank else crops / ".lock"):
-        before = [row for row in read_csv(crops / MANIFEST) if not _worth_a_try(row, photos / row["source"])]
-
-        def known():
-            """What earlier runs and the other processes of this one have done."""
-            journals = [row for path in crops.glob(f"{JOURNAL}*") for row in _read_journal(path)]
-            rows = {row["source"]: row for row in (*before, *journals) if sources.get(row["source"]) == row["class"]}
-            rows = {source: row for source, row in rows.items() if _reusable(row, photos, crops)}
-            classes = defaultdict(set)
-            for row in rows.values():
-                classes[row["sha1"]].add(row["class"])
-            # a conflict lasts as long as both copies are there
-            return {source: row for source, row in rows.items() if row["status"] != "conflict" or len(classes[row["sha1"]]) > 1}
-
-        rows = known()
-        share = list(sources.items())[rank::world]
-        tasks = [(photos, crops, source, label) for source, label in share if source not in rows]
-        with writing(journal), open(journal, "a", encoding="utf-8") as log:
-            log.write("\n")  # ends what a kill cut short
-            with tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
-                for some in run_parallel(tasks, workers):
-                    rows |= {row["source"]: row for row in some}
-                    log.write("".join(json.dumps(row) + "\n" for row in some))
-                    log.flush()
-                    bar.update(len(some))
-        if rank:
-            return None, len(tasks)
-        while len(rows) < len(sources):  # the other processes write their journals on the same disk
-            time.sleep(0.5)
-            rows |= known()
-            # what another process has done, but has changed since, nobody else will look at again
-            done = {row["source"] for path in crops.glob(f"{JOURNAL}*") for row in _read_journal(path)} & sources.keys() - rows.keys()
-            for some in run_parallel([(photos, crops, source, sources[source]) for source in sorted(done)], workers):
-                rows |= {row["source"]: row for row in some}
-        final = settle(rows.values())
-        keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
-        for row in (*before, *final):
-            if _is_ours(row) and (row["class"], row["crop"]) not in keep:
-                (crops / row["class"] / row["crop"]).unlink(missing_ok=True)
-        write_csv(crops / MANIFEST, COLUMNS, final)
-        for path in crops.glob(f"{JOURNAL}*"):
-            path.unlink(missing_ok=True)
-        sweep(crops, *(path for path in crops.iterdir() if path.is_dir()))
-        return final, len(tasks)
-
-
-def main(argv=None):
-    title, examples, more, *_ = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", nargs="?", type=Path, default=Path("data/raw"),
-                        help="folder with one folder of photos a class (default: %(default)s)")
-    parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
-                        help="where the crops go, in the same class folders (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-                        metavar="N", help="processes (default: one a core, here %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        if not args.photos.is_dir():
-            raise FileNotFoundError(f"{args.photos}: no such folder; put photos in {args.photos}/<class>/ or name another")
-        if args.photos.resolve() in (args.crops.resolve(), *args.crops.resolve().parents):
-            raise ValueError(f"{args.crops}: lies within {args.photos}, and the next run would take the crops for photos; name another folder")
-        landmark_file()
-        start = time.perf_counter()
-        rows, new = preprocess(args.photos, args.crops, min(max(1, args.workers), 61))  # Windows waits for no more
-        seconds = time.perf_counter() - start
-        if rows is None:
-            return
-        print(*map(plain, table(rows)), sep="\n")
-        loose = sum(path.is_file() and not path.name.startswith(".") for path in args.photos.iterdir())
-        if loose:
-            print(plain(f"{args.photos}: {loose} files beside the class folders are in no class"))
-        classes = {row["class"] for row in rows}
-        for folder in sorted(args.photos.iterdir()):
-            if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
-                print(plain(f"{folder}: empty, so there is no class of this name"))
-        heic = sum(map(_is_heic, rows))
-        if heic and not pillow_heif:
-            print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' and the same command again would read")
-        known = "known from before" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else "by the other processes, or known from before"
-        print(f"{new} photos looked at in {seconds:.1f} s, {len(rows) - new} {known}")
-        if not any(row["status"] == "ok" for row in rows):
-            raise ValueError(f"{args.photos}: not one photo gave a mouth; {args.crops / MANIFEST} says why")
-        sheet = io.BytesIO()
-        contact_sheet(args.crops, rows).save(sheet, "JPEG", quality=88)
-        write_file(args.crops / "preview.jpg", sheet.getvalue())
-        print(plain(f"crops in {args.crops}/<class>/, every photo's fate in {args.crops / MANIFEST}, "
-                    f"a look at them in {args.crops / 'preview.jpg'}"))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: what is done is kept; the same command goes on from there")
-    except BrokenPipeError:
-        end_output()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {plain(error)}")
+# --- the command line
 
 
 def cores():
     """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def printable(text):
+    """A text that is safe to print: what would steer the terminal is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def end_output():
+    """Print nothing more: who read it, such as `head`, has seen enough and gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def command_line(after_interrupt):
+    """Within, errors and Ctrl-C end the program with one line, and no terminal is too poor for a name."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted: {after_interrupt}")
+    except BrokenPipeError:
+        end_output()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {printable(error)}")
+
+
+def table(rows):
+    """Text: how many photos of each class have each status."""
+    counts = Counter((row["class"], row["status"]) for row in rows)
+    statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
+    classes = sorted({label for label, _ in counts})
+    lines = []
+    for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
+        cells = [sum(counts[label, status] for label in labels) for status in statuses]
+        lines.append([printable(name), sum(cells), *cells])
+    return tabulate(lines, ("class", "photos", *statuses), "plain", disable_numparse=True,
+                    colalign=("left", *("right" for _ in lines[0][1:])))
+
+
+def report(photos, rows):
+    """Print the table of `rows`, and what a user may have overlooked in the folder of photos."""
+    print(table(rows))
+    loose = sum(path.is_file() and not path.name.startswith(".") for path in photos.iterdir())
+    if loose:
+        print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
+    classes = {row["class"] for row in rows}
+    for folder in sorted(photos.iterdir()):
+        if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
+            print(printable(f"{folder}: empty, so there is no class of this name"))
+    heic = sum(map(is_heic, rows))
+    if heic and not pillow_heif:
+        print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' "
+              "and the same command again would read")
+
+
+def build_parser():
+    title, examples, *more = __doc__.strip().split("\n\n")
+    parser = argparse.ArgumentParser(
+        description="\n\n".join([title, *more[:2]]), epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="?", type=Path, default=Path("data/raw"),
+                        help="folder with one folder of photos a class (default: %(default)s)")
+    parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
+                        help="where the crops go, in the same class folders (default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        default=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+                        help="processes (default: one a core, here %(default)s)")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    photos, crops = args.photos, args.crops
+    with command_line("what is done is kept; the same command goes on from there"):
+        if not photos.is_dir():
+            raise FileNotFoundError(f"{photos}: no such folder; "
+                                    f"put photos in {photos}/<class>/ or name another")
+        if photos.resolve() in (crops.resolve(), *crops.resolve().parents):
+            raise ValueError(f"{crops}: lies within {photos}, and the next run would take the crops "
+                             "for photos; name another folder")
+        landmark_file()
+        start = time.perf_counter()
+        workers = min(max(1, args.workers), 61)  # Windows waits for no more
+        rows, new, known = preprocess(photos, crops, workers)
+        done = f"{new} photos looked at in {time.perf_counter() - start:.1f} s, {known} known from before"
+        if rows is None:
+            rank, world = part_of_job()
+            print(f"part {rank + 1} of {world}: {done}; once all parts are done, the same command "
+                  "without RANK and WORLD_SIZE gathers them")
+            return
+        report(photos, rows)
+        print(done)
+        if not any(row["status"] == "ok" for row in rows):
+            raise ValueError(f"{photos}: not one photo gave a mouth; {crops / MANIFEST} says why")
+        sheet = io.BytesIO()
+        contact_sheet(crops, rows).save(sheet, "JPEG", quality=88)
+        write_file(crops / "preview.jpg", sheet.getvalue())
+        print(printable(f"crops in {crops}/<class>/, every photo's fate in {crops / MANIFEST}, "
+                        f"a look at them in {crops / 'preview.jpg'}"))
 
 
 if __name__ == "__main__":

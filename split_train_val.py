@@ -15,22 +15,39 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tabulate import tabulate
 from tqdm import tqdm
 
-from preprocess_lips import MANIFEST, columns, cores, end_output, is_name, locked, pad, perceptual_hash, plain, read_csv, sweep, temporary, write_csv, writing
+from preprocess_lips import (
+    MANIFEST,
+    command_line,
+    cores,
+    is_name,
+    locked,
+    perceptual_hash,
+    printable,
+    read_csv,
+    sweep,
+    temporary,
+    write_csv,
+    writing,
+)
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
-# Bits in which the hashes of near-duplicates may differ. Of copies saved anew, halved or made brighter, 99 in 100 differ in 17
-# at most, all in 25, photos too; of 2,300 crops of different photos, no two in fewer than 33. Must be less than 32: see `near_pairs`.
+# Bits in which the hashes of near-duplicates may differ. Of copies saved anew, halved or made brighter, 99 in
+# 100 differ in 17 at most, all in 25, photos too; of 2,300 crops of different photos, no two in fewer than
+# 33. Must be less than 32: see `near_pairs`.
 HASH_DISTANCE = 28
+
+
+# --- groups
 
 
 def list_crops(crops):
@@ -39,7 +56,8 @@ def list_crops(crops):
     return sorted(
         (folder.name, file.name)
         for folder in crops.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-        for file in folder.iterdir() if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+        for file in folder.iterdir() if not file.name.startswith(".")
+        and file.suffix.lower() in suffixes and file.is_file()
     )
 
 
@@ -58,7 +76,7 @@ def crop_hash(path):
     """The `perceptual_hash` of an image file; empty for what is no readable image."""
     try:
         with Image.open(path) as image:
-            if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
+            if image.format in ("EPS", "WMF"):  # programs, which Pillow has Ghostscript or Windows run
                 return ""
             image.draft("L", (64, 64))
             return perceptual_hash(image)
@@ -69,8 +87,9 @@ def crop_hash(path):
 def near_pairs(hashes, distance=HASH_DISTANCE):
     """All pairs of hashes that differ in few bits, without comparing every hash with every other.
 
-    Two hashes of 16 words that differ in fewer than 32 bits have a word in which they differ in one bit at most: only
-    such pairs are compared (the pigeonhole principle, as in Norouzi et al. 2012, "Fast Search in Hamming Space").
+    Two hashes of 16 words that differ in fewer than 32 bits have a word in which they differ in one bit at
+    most: only such pairs are compared (the pigeonhole principle, as in Norouzi et al. 2012, "Fast Search in
+    Hamming Space").
 
     Parameters
     ----------
@@ -127,7 +146,8 @@ def merge(groups, pairs):
 def look_alikes(crops, files, photos):
     """Pairs of crops that are near-duplicates, or whose photos are.
 
-    A photo saved anew gives landmarks a pixel further, and a crop that may differ in a hundred bits; the photos do not.
+    A photo saved anew gives landmarks a pixel further, and a crop that may differ in a hundred bits; the
+    photos do not.
 
     Parameters
     ----------
@@ -143,7 +163,7 @@ def look_alikes(crops, files, photos):
     """
     with ThreadPoolExecutor(cores()) as pool:
         hashes = pool.map(lambda file: crop_hash(crops.joinpath(*file)), files)
-        hashes = list(tqdm(hashes, total=len(files), desc="comparing", unit="crop", leave=False, disable=None))
+        hashes = list(tqdm(hashes, "comparing", len(files), leave=False, unit="crop", disable=None))
     pairs = []
     for looks in (zip(files, hashes), ((file, photos.get(file, "")) for file in files)):
         same = defaultdict(list)
@@ -156,6 +176,45 @@ def look_alikes(crops, files, photos):
         if len(firsts) > 1:
             pairs += [(firsts[i], firsts[j]) for i, j in near_pairs(distinct)]
     return pairs
+
+
+def find_groups(crops, files, pattern=None):
+    """Group the crops that must stay on one side: by `pattern`, and because they look the same.
+
+    Parameters
+    ----------
+    crops : Path
+    files : list of (class, file name)
+        Below `crops`.
+    pattern : re.Pattern, optional
+        See `group_of`. It looks at the photo's path in the manifest of `crops`, or at the crop's own path
+        where the manifest does not know it.
+
+    Returns
+    -------
+    (groups, alike, alone) : dict, (int, int), list of str
+        For every file the name of its group; how many crops look like others, in how many groups; and the
+        paths in which `pattern` finds nothing.
+
+    Raises
+    ------
+    ValueError
+        `pattern` finds nothing in any path.
+    """
+    photos = {(row["class"], row["crop"]): row for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
+    groups = {file: photos[file]["source"] if file in photos else "/".join(file) for file in files}
+    alone = []
+    if pattern:
+        alone = [path for path in groups.values() if not pattern.search(path)]
+        if len(alone) == len(files):
+            raise ValueError(f"--group {pattern.pattern}: found in no photo's path; they are like {alone[0]}")
+        groups = {file: group_of(path, pattern) for file, path in groups.items()}
+    pairs = look_alikes(crops, files, {file: row["look"] for file, row in photos.items()})
+    clusters = merge({file: file for pair in pairs for file in pair}, pairs)
+    return merge(groups, pairs), (len(clusters), len(set(clusters.values()))), alone
+
+
+# --- choice
 
 
 def val_count(n):
@@ -187,15 +246,18 @@ def choose_val(members, seed, before=None):
     total = sum(counts.values(), Counter())
     wanted = {label: val_count(n) for label, n in total.items()}
     rank = {"val": 0, None: 1, "train": 2}
-    order = sorted(members, key=lambda group: (
-        rank[before.get(group)], hashlib.sha1(f"{seed}/{group}".encode("utf-8", "surrogateescape")).digest()))
+
+    def draw(group):
+        return hashlib.sha1(f"{seed}/{group}".encode("utf-8", "surrogateescape")).digest()
+
+    order = sorted(members, key=lambda group: (rank[before.get(group)], draw(group)))
     val, taken = set(), Counter()
 
     def gain(group):
         """How much nearer to the wanted counts this group brings validation, as shares of them."""
-        return sum(
-            (abs(wanted[label] - taken[label]) - abs(wanted[label] - taken[label] - n)) / max(wanted[label], 1)
-            for label, n in counts[group].items())
+        missing = {label: wanted[label] - taken[label] for label in counts[group]}
+        return sum((abs(missing[label]) - abs(missing[label] - n)) / max(wanted[label], 1)
+                   for label, n in counts[group].items())
 
     def leaves_some(group):
         return all(taken[label] + n < total[label] for label, n in counts[group].items())
@@ -220,85 +282,7 @@ def choose_val(members, seed, before=None):
     return val
 
 
-def split(crops, data, seed=0, group=None, link=False):
-    """Bring ``data/train`` and ``data/val`` up to date with `crops`.
-
-    Parameters
-    ----------
-    crops, data : Path
-    seed : int
-    group : str, optional
-        Regular expression; see `group_of`. It looks at the photo's path in the manifest of `crops`, or at
-        the crop's own path where the manifest does not know it.
-    link : bool
-        Hard links instead of copies.
-
-    Returns
-    -------
-    (rows, foreign, alike, alone) : list of dict, list of Path, (int, int), list of str
-        What `split.csv` now says; files of the same name that this script did not make: left alone; how many
-        crops have near-duplicates, in how many groups; and the paths in which `group` finds nothing.
-
-    Raises
-    ------
-    FileNotFoundError
-        There are no crops.
-    ValueError
-        `group` finds nothing in any path.
-    """
-    files = list_crops(crops)
-    if not files:
-        raise FileNotFoundError(f"{crops}: no crops in class folders; 'python preprocess_lips.py' makes them")
-    draw = f"seed={seed} group={group or ''}"
-    photos = {(row["class"], row["crop"]): row for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
-    sources = {file: row["source"] for file, row in photos.items()}
-    groups = {file: sources.get(file, "/".join(file)) for file in files}
-    alone = []
-    if group:
-        pattern = re.compile(group)
-        alone = [path for path in groups.values() if not pattern.search(path)]
-        if len(alone) == len(files):
-            raise ValueError(f"--group {group}: found in no photo's path; they are like {alone[0]}")
-        groups = {file: group_of(path, pattern) for file, path in groups.items()}
-    pairs = look_alikes(crops, files, {file: row["look"] for file, row in photos.items()})
-    clusters = merge({file: file for pair in pairs for file in pair}, pairs)
-    alike = len(clusters), len(set(clusters.values()))
-    groups = merge(groups, pairs)
-    members = defaultdict(list)
-    for (label, _), key in groups.items():
-        members[key].append(label)
-    record = data / RECORD
-    old = [row for row in read_csv(record) if row["part"] in ("train", "val") and is_name(row["class"]) and is_name(row["file"])]
-    made = {(row["part"], row["class"], row["file"]) for row in old}
-    before = {groups[key]: row["part"] for row in old if row["draw"] == draw and (key := (row["class"], row["file"])) in groups}
-    val = choose_val(members, seed, before)
-    rows = [{"part": "val" if groups[key] in val else "train", "class": key[0], "file": key[1],
-             "group": groups[key], "draw": draw} for key in files]
-    wanted = {(row["part"], row["class"], row["file"]) for row in rows}
-
-    # the record comes first and names both the old and the new files: killed at any point, a rerun knows its own
-    foreign = {path for _, label, name in wanted - made for part in ("train", "val")
-               if (part, label, name) not in made and (path := data / part / label / name).exists()}
-    rows = [row for row in rows if not foreign & {data / part / row["class"] / row["file"] for part in ("train", "val")}]
-    write_csv(record, COLUMNS, rows + [row for row in old if (row["part"], row["class"], row["file"]) not in wanted])
-    for part, label, name in sorted(made - wanted):
-        other = "train" if part == "val" else "val"
-        here, there = (data / side / label / name for side in (part, other))
-        with writing(here):
-            if (other, label, name) in wanted and here.exists() and not there.exists():
-                there.parent.mkdir(parents=True, exist_ok=True)
-                here.replace(there)  # what changes sides is never on both, nor on none
-            here.unlink(missing_ok=True)
-    for row in tqdm(rows, unit="crop", leave=False, disable=None):
-        place_crop(crops / row["class"] / row["file"], data / row["part"] / row["class"] / row["file"], link)
-    for part, label, _ in made - wanted:
-        folder = data / part / label
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-    if hasattr(os, "sync"):
-        os.sync()  # before the record says that all of it is there; one by one takes many times as long
-    write_csv(record, COLUMNS, rows)
-    return rows, sorted(foreign), alike, alone
+# --- copies
 
 
 def place_crop(source, target, link):
@@ -318,33 +302,161 @@ def place_crop(source, target, link):
             part.unlink(missing_ok=True)
 
 
+def read_record(data):
+    """The rows of the record of an earlier split whose files lie in ``data/train`` or ``data/val``."""
+    return [row for row in read_csv(data / RECORD)
+            if row["part"] in ("train", "val") and is_name(row["class"]) and is_name(row["file"])]
+
+
+def key_of(row):
+    """What names a file in `data`: (part, class, file name)."""
+    return row["part"], row["class"], row["file"]
+
+
+def split(crops, data, seed=0, group=None, link=False):
+    """Bring ``data/train`` and ``data/val`` up to date with `crops`.
+
+    Parameters
+    ----------
+    crops, data : Path
+    seed : int
+    group : str, optional
+        Regular expression; see `find_groups`.
+    link : bool
+        Hard links instead of copies.
+
+    Returns
+    -------
+    (rows, foreign, alike, alone) : list of dict, list of Path, (int, int), list of str
+        What `split.csv` now says; files of the same name that this script did not make: left alone; the other
+        two as `find_groups` returns them.
+
+    Raises
+    ------
+    FileNotFoundError
+        There are no crops.
+    ValueError
+        As `find_groups`.
+    """
+    files = list_crops(crops)
+    if not files:
+        raise FileNotFoundError(f"{crops}: no crops in class folders; 'python preprocess_lips.py' makes them")
+    groups, alike, alone = find_groups(crops, files, group and re.compile(group))
+    members = defaultdict(list)
+    for (label, _), name in groups.items():
+        members[name].append(label)
+    draw = f"seed={seed} group={group or ''}"
+    old = read_record(data)
+    sides = {(row["class"], row["file"]): row["part"] for row in old if row["draw"] == draw}
+    val = choose_val(members, seed, {groups[file]: part for file, part in sides.items() if file in groups})
+    rows = [{"part": "val" if groups[file] in val else "train", "class": file[0], "file": file[1],
+             "group": groups[file], "draw": draw} for file in files]
+
+    made = set(map(key_of, old))
+    foreign = {path for _, label, name in map(key_of, rows) for part in ("train", "val")
+               if (part, label, name) not in made and (path := data / part / label / name).exists()}
+    rows = [row for row in rows
+            if not foreign & {data / part / row["class"] / row["file"] for part in ("train", "val")}]
+    wanted = set(map(key_of, rows))
+    # the record comes first and names the old and the new files: killed at any point, a rerun knows its own
+    write_csv(data / RECORD, COLUMNS, rows + [row for row in old if key_of(row) not in wanted])
+    remove(data, made - wanted, wanted)
+    for row in tqdm(rows, unit="crop", leave=False, disable=None):
+        place_crop(crops / row["class"] / row["file"], data.joinpath(*key_of(row)), link)
+    for part, label, _ in made - wanted:
+        folder = data / part / label
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    if hasattr(os, "sync"):
+        os.sync()  # before the record says that all of it is there; one by one takes many times as long
+    write_csv(data / RECORD, COLUMNS, rows)
+    return rows, sorted(foreign), alike, alone
+
+
+def remove(data, stale, wanted):
+    """Remove stale files, or move them to the other side if they are wanted there.
+
+    Parameters
+    ----------
+    data : Path
+    stale, wanted : set of (part, class, file name)
+    """
+    for part, label, name in sorted(stale):
+        other = "train" if part == "val" else "val"
+        here, there = (data / side / label / name for side in (part, other))
+        with writing(here):
+            if (other, label, name) in wanted and here.exists() and not there.exists():
+                there.parent.mkdir(parents=True, exist_ok=True)
+                here.replace(there)  # what changes sides is never on both, nor on none
+            here.unlink(missing_ok=True)
+
+
+# --- the command line
+
+
 def table(rows):
-    """Lines of text: class, total, train, val."""
+    """Text: class, total, train, val."""
     counts = Counter((row["class"], row["part"]) for row in rows)
     classes = sorted({row["class"] for row in rows})
-    width = max(map(columns, ("class", "total", *classes))) + 2
-    lines = [pad("class", width) + "   total   train     val"]
+    lines = []
     for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
         train, val = (sum(counts[label, part] for label in labels) for part in ("train", "val"))
-        lines.append(pad(name, width) + f"{train + val:8}{train:8}{val:8}")
-    return lines
+        lines.append([printable(name), train + val, train, val])
+    return tabulate(lines, ("class", "total", "train", "val"), "plain", disable_numparse=True,
+                    colalign=("left", "right", "right", "right"))
 
 
-def main(argv=None):
+def report(args, rows, foreign, alike, alone):
+    """Print what `split` did, and what a user may have overlooked."""
+    print(table(rows))
+    counts = Counter((row["class"], row["part"]) for row in rows)
+    lines = [f"{label}: none in val, because all its crops belong together; smaller groups would help"
+             for label in sorted({row["class"] for row in rows})
+             if counts[label, "train"] > 1 and not counts[label, "val"]]
+    if args.group:
+        sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
+        lines.append(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
+    if alone:
+        lines.append("groups of their own, because --group finds nothing in their paths: "
+                     f"{len(alone)} crops, such as that of {alone[0]}")
+    if alike[0]:
+        lines.append(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
+    suffixes = Image.registered_extensions()
+    deeper = [path for path in sorted(args.crops.glob("[!.]*/[!.]*/**/*"))
+              if path.suffix.lower() in suffixes and path.is_file()]
+    if deeper:
+        lines.append(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in "
+                     f"folders below, such as {deeper[0]}")
+    lines += [f"left alone, not made by this script: {path}" for path in foreign[:5]]
+    if len(foreign) > 5:
+        lines.append(f"... and {len(foreign) - 5} more")
+    lines.append(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
+                 f"listed in {args.data / RECORD}")
+    print(*map(printable, lines), sep="\n")
+
+
+def build_parser():
     title, examples, more = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(
-        description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
                         help="folder with one folder of crops a class (default: %(default)s)")
     parser.add_argument("data", nargs="?", type=Path, default=Path("data"),
                         help="where train/ and val/ go (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another draw (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="another seed, another draw (default: %(default)s)")
     parser.add_argument("--group", metavar="REGEX",
-                        help="keep crops together whose photo's path agrees in this expression's first parenthesis, "
-                             "for example those of one person")
-    parser.add_argument("--link", action="store_true", help="hard links instead of copies: no disk space, one file system")
-    args = parser.parse_args(argv)
-    try:
+                        help="keep crops together whose photo's path agrees in this expression's first "
+                             "parenthesis, for example those of one person")
+    parser.add_argument("--link", action="store_true",
+                        help="hard links instead of copies: no disk space, one file system")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    with command_line("run the same command again to finish"):
         if not args.crops.is_dir():
             raise FileNotFoundError(f"{args.crops}: no such folder; 'python preprocess_lips.py' makes it")
         try:
@@ -354,40 +466,7 @@ def main(argv=None):
         with locked(args.data / ".lock"):
             sweep(args.data, *args.data.glob("train/*/"), *args.data.glob("val/*/"))
             rows, foreign, alike, alone = split(args.crops, args.data, args.seed, args.group, args.link)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: run the same command again to finish")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {plain(error)}")
-    try:
         report(args, rows, foreign, alike, alone)
-    except BrokenPipeError:
-        end_output()
-
-
-def report(args, rows, foreign, alike, alone):
-    """Print what `split` did."""
-    print(*map(plain, table(rows)), sep="\n")
-    counts = Counter((row["class"], row["part"]) for row in rows)
-    for label in sorted({row["class"] for row in rows}):
-        if counts[label, "train"] > 1 and not counts[label, "val"]:
-            print(plain(f"{label}: none in val, because all its crops belong together; smaller groups would help"))
-    if args.group:
-        sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
-        print(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
-    if alone:
-        print(plain(f"groups of their own, because --group finds nothing in their paths: {len(alone)} crops, such as that of {alone[0]}"))
-    if alike[0]:
-        print(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
-    suffixes = Image.registered_extensions()
-    deeper = [path for path in sorted(args.crops.glob("[!.]*/[!.]*/**/*")) if path.suffix.lower() in suffixes and path.is_file()]
-    if deeper:
-        print(plain(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in folders below, such as {deeper[0]}"))
-    for path in foreign[:5]:
-        print(plain(f"left alone, not made by this script: {path}"))
-    if len(foreign) > 5:
-        print(f"... and {len(foreign) - 5} more")
-    print(plain(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
-                f"listed in {args.data / RECORD}"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import preprocess_lips
 from conftest import ROOT, SHARED, shared
-from preprocess_lips import COLUMNS, cut, main, mouth_box, read_csv, read_photo, settle
+from preprocess_lips import COLUMNS, cut, locked, main, mouth_box, read_csv, read_photo, settle
+
+REAL_WORK, REAL_PHOTO = preprocess_lips.work, preprocess_lips.process_photo
 
 
 def rows_of(crops):
@@ -141,7 +144,8 @@ def test_large_jpegs_give_the_boxes_and_crops_of_the_whole_photo(orl, cropper, t
         canvas[200:200 + size[1], 900:900 + size[0]] = cv2.resize(orl["s05_1"], size)[..., None]
         path = tmp_path / f"{side}.jpg"
         Image.fromarray(canvas).save(path, quality=95)
-        (face,), _, (width, height), _ = cropper.find(path, largest=True)
+        found = cropper.find(path, largest=True)
+        (face,), (width, height) = found.faces, found.size
         (whole,) = cropper(read_photo(path), largest=True)
         assert (width, height) == (side * 4 // 3, side)
         assert np.abs(np.subtract(face.mouth, whole.mouth)).max() < 0.05 * (whole.mouth[2] - whole.mouth[0])
@@ -241,17 +245,16 @@ def test_a_conflict_lasts_until_one_copy_is_removed(photos, tmp_path, capsys):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, capsys):
-    import preprocess_lips
-
     crops, real, kept = tmp_path / "crops", preprocess_lips.run_parallel, []
 
-    def stop_after_five(tasks, workers):
-        for i, rows in enumerate(real(tasks, workers, chunk=1)):
+    def stop_after_five(*args):
+        for i, rows in enumerate(real(*args)):
             if i == 5:
                 kept.append((crops / "manifest.csv.part0").read_text().count("sha1"))  # a kill would leave that much
                 raise KeyboardInterrupt
             yield rows
 
+    monkeypatch.setattr(preprocess_lips, "BATCH", 1)
     monkeypatch.setattr(preprocess_lips, "run_parallel", stop_after_five)
     for _ in range(2):
         with pytest.raises(SystemExit, match="the same command goes on"):
@@ -263,38 +266,55 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
     assert kept == [5, 10] and "14 photos looked at" in capsys.readouterr().out and len(rows_of(crops)) == 24
 
 
-def test_processes_of_one_job_share_the_photos_and_merge_their_manifests(photos, tmp_path, shell):
+def test_processes_of_one_job_share_the_photos_and_the_plain_command_gathers_them(photos, tmp_path, capsys):
     main([str(photos), str(tmp_path / "alone")])
-    ranks = [subprocess.Popen([sys.executable, str(ROOT / "preprocess_lips.py"), str(photos), str(tmp_path / "shared"), "--workers", "1"],
+    args = [str(photos), str(tmp_path / "shared"), "--workers", "1"]
+    ranks = [subprocess.Popen([sys.executable, str(ROOT / "preprocess_lips.py"), *args],
                               env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"}, stdout=subprocess.PIPE, text=True)
              for rank in (2, 0, 1)]
     out = [process.communicate(timeout=100)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0, 0] and out[0] == out[2] == "" and "8 photos looked at" in out[1]
-    assert "16 by the other processes, or known from before" in out[1]
-    files = [{p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in ("alone", "shared")]
+    assert [process.returncode for process in ranks] == [0, 0, 0]
+    for part, said in zip((3, 1, 2), out):
+        assert f"part {part} of 3: 8 photos looked at" in said
+        assert "the same command without RANK and WORLD_SIZE gathers them" in said
+    assert not (tmp_path / "shared" / "manifest.csv").exists()
+    capsys.readouterr()
+    main(args)
+    assert "0 photos looked at" in (said := capsys.readouterr().out) and "24 known from before" in said
+    files = [{p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*")
+              if p.is_file() and not p.name.startswith(".lock")} for name in ("alone", "shared")]
     assert files[0] == files[1]
 
 
-def deadly_work(tasks):
-    import preprocess_lips
+def test_parts_are_not_gathered_before_all_have_ended(photos, tmp_path):
+    with locked(tmp_path / "crops" / ".lock2"), pytest.raises(SystemExit, match="another run is at work there"):
+        main([str(photos), str(tmp_path / "crops")])
+    main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
 
-    if any(source == "0none/s02_2.png" for *_, source, _ in tasks):
+
+def deadly_photo(cropper, photos, source, label):
+    if source == "0none/s02_2.png":
         os.kill(os.getpid(), 9)
-    return [preprocess_lips.process_photo(preprocess_lips._cropper, *task) for task in tasks]
+    return REAL_PHOTO(cropper, photos, source, label)
+
+
+def deadly_work(*args):
+    preprocess_lips.process_photo = deadly_photo
+    REAL_WORK(*args)
 
 
 def test_a_photo_that_changes_after_another_process_has_done_it_is_done_again(photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (1, 0):
+    for rank, world in ((1, 2), (0, 2), (0, 1)):
         monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
         main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
         for name in ("0none/s01_2.png", "2smile/s05_1.png"):  # one of either share
-            os.utime(photos / name, (rank, rank))
+            os.utime(photos / name, (rank, world))
     assert {row["status"] for row in rows_of(tmp_path / "crops").values()} == {"ok"} and len(rows_of(tmp_path / "crops")) == 24
 
 
 def test_a_photo_that_kills_its_worker_costs_only_itself(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_lips._work", deadly_work)
+    monkeypatch.setattr("preprocess_lips.work", deadly_work)
     main([str(photos), str(tmp_path / "crops"), "--workers", "2"])
     status = {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()}
     assert status.pop("0none/s02_2.png") == "unreadable" and set(status.values()) == {"ok"} and len(status) == 23

@@ -49,15 +49,15 @@ def ours(photos):
     """Faces found, photos a second from the first finished photos on, and seconds of the whole run."""
     marks, real = [], preprocess_lips.run_parallel
 
-    def watched(tasks, workers):
-        for rows in real(tasks, workers):
+    def watched(*args):
+        for rows in real(*args):
             marks.append((time.perf_counter(), len(rows)))
             yield rows
 
     preprocess_lips.run_parallel = watched
     with tempfile.TemporaryDirectory() as crops:
         start = time.perf_counter()
-        rows, _ = preprocess(photos, Path(crops), cores())
+        rows, *_ = preprocess(photos, Path(crops), cores())
         seconds = time.perf_counter() - start
     preprocess_lips.run_parallel = real
     rate = sum(n for _, n in marks[1:]) / (marks[-1][0] - marks[0][0])
