@@ -16,6 +16,7 @@ with the best validation accuracy; the others, whose learning rate ends at zero,
 import argparse
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import io
@@ -824,13 +825,15 @@ class Run:
             (scores["val_acc"], -scores["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"]))
         self.epoch, self.last, self.best = scores["epoch"], scores, scores if better else self.best
         keep = better or self.settings["keep"] == "last"
-        average = learner.average
-        self.state = {  # copies: a state_dict refers to the tensors that training changes
-            # for model.pt
-            "kept": copy.deepcopy(learner.judged.state_dict()) if keep else self.state["kept"],
+        # copies: a state_dict refers to the tensors that training changes
+        model, average = copy.deepcopy(learner.net.state_dict()), None
+        if learner.average:
+            average = copy.deepcopy(learner.average.state_dict())
+        judged = {key[7:]: value for key, value in average.items() if key[:7] == "module."} if average else model
+        self.state = {
+            "kept": judged if keep else self.state["kept"],  # for model.pt
             "calibration": calibrate(logits, labels) if keep else self.state["calibration"],
-            "model": copy.deepcopy(learner.net.state_dict()),
-            "average": copy.deepcopy(average.state_dict()) if average else None,
+            "model": model, "average": average,
             "optimizer": copy.deepcopy(learner.optimizer.state_dict()["state"]),  # the momentum
             "epoch": self.epoch, "seconds": self.seconds, "best": self.best, "last": self.last,
             "classes": list(self.classes), "data": self.identity, "settings": self.settings,
@@ -1231,17 +1234,24 @@ def locked(models):
 
     Raises
     ------
-    BlockingIOError
-        Another process holds it.
+    OSError
+        Another process holds it, or it cannot be written.
     """
+    lock = filelock.FileLock(models / ".lock", blocking=False)
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(models / ".lock", blocking=False):
-            for part in models.glob("." + "[0-9a-f]" * 16 + ".tmp"):
-                part.unlink(missing_ok=True)
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise BlockingIOError(f"{models}: another run is at work there; wait for its end") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network disks know no locks
+            raise OSError(f"{lock.lock_file}: cannot be written ({error.strerror}); mend that") from None
+    try:
+        for part in models.glob("." + "[0-9a-f]" * 16 + ".tmp"):
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def interrupted(args, begun):

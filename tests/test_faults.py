@@ -523,15 +523,6 @@ def test_endless_names_in_a_model_do_not_fill_the_screen(tmp_path):
     assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("views", [[], 9 * [48]])
-def test_a_model_that_asks_for_no_view_or_for_many_is_refused(tmp_path, views):
-    from net import load_model, save_model, simpleconv3
-
-    save_model(simpleconv3(4), tmp_path / "model.pt", views=views)
-    with pytest.raises(ValueError, match="model.json: .*views must be"):
-        load_model(tmp_path / "model.pt")
-
-
 class Code:
     """Pickles as a call that makes a folder."""
 
@@ -552,11 +543,11 @@ def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_say
     train.main([*args, "--epochs", "1"])
     checkpoint = tmp_path / "models" / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
-    settings = state["args"] | dict.fromkeys(("data", "logs", "models"), str(elsewhere))
-    torch.save(state | {"args": settings}, checkpoint)
+    settings = state["settings"] | dict.fromkeys(("data", "logs", "models"), str(elsewhere))
+    torch.save(state | {"settings": settings}, checkpoint)
     train.main([*args, "--resume", "--epochs", "2"])
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 2 and not elsewhere.exists()
-    for content in (state | {"classes": ["a\x1b[2J", "b"]}, state | {"more": Code(elsewhere)}, {key: state[key] for key in state if key != "net"}, [1], b"", checkpoint.read_bytes()[:-1000]):
+    for content in (state | {"classes": ["a\x1b[2J", "b"]}, state | {"more": Code(elsewhere)}, {key: state[key] for key in state if key != "settings"}, [1], b"", checkpoint.read_bytes()[:-1000]):
         checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
         with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: damaged \([^\n]+\); start again without --resume$"):
             train.main([*args, "--resume"])
@@ -733,7 +724,7 @@ def test_training_killed_anywhere_resumes_to_the_same_weights(mouths, tmp_path, 
                 "--batch-size", "16", "--epochs", "6", "--lr", "0.03", "--models", str(models), "--logs", str(tmp_path / "logs"), *more]
 
     def weights(models):
-        return torch.load(models / "model.pt", weights_only=True) | torch.load(models / "checkpoint.pt", weights_only=True)["net"]
+        return torch.load(models / "model.pt", weights_only=True) | torch.load(models / "checkpoint.pt", weights_only=True)["model"]
 
     assert not killed(run(tmp_path / "reference"))
     reference, about = weights(tmp_path / "reference"), json.loads((tmp_path / "reference" / "model.json").read_text())
@@ -794,8 +785,8 @@ def test_workers_end_with_a_killed_parent(photos, tmp_path):
 
 
 def test_leftovers_of_killed_runs_are_swept_and_files_of_others_are_not(photos, tmp_path):
-    import net
     import split_train_val
+    import train
 
     crops, data, models = tmp_path / "crops", tmp_path / "data", tmp_path / "models"
     left = [folder / ".0123456789abcdef.tmp" for folder in (crops, crops / "0none", data, data / "train" / "0none", data / "val" / "gone", models)]
@@ -805,18 +796,18 @@ def test_leftovers_of_killed_runs_are_swept_and_files_of_others_are_not(photos, 
         path.write_text("half")
     preprocess_lips.main([str(photos), str(crops), "--workers", "1"])
     split_train_val.main([str(crops), str(data)])
-    with net.locked(models):  # as every training does
+    with train.locked(models):  # as every training does
         pass
     assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
 
 
-def write_atomically(path, data):
-    from net import atomic_write
+def write_model_file(path, data):
+    from net import write_file  # here, because the processes that other tests start import this file
 
-    atomic_write(path, lambda file: file.write(data))
+    write_file(path, data)
 
 
-@pytest.mark.parametrize("write", [write_file, write_atomically])
+@pytest.mark.parametrize("write", [write_file, write_model_file])
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, write):
     path, flushed = tmp_path / "x", []
     write(path, b"old")
