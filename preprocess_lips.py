@@ -607,11 +607,9 @@ def locked(path):
         yield
 
 
-def plain(text):
-    """A text that is safe to print: what would steer the terminal, or is not in its alphabet, is escaped."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def printable(text):
+    """The text with control characters, and those that turn the direction of writing, as escapes."""
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
 def end_output():
@@ -1059,14 +1057,14 @@ def main(argv=None):
         seconds = time.perf_counter() - start
         if rows is None:
             return
-        print(*map(plain, table(rows)), sep="\n")
+        print(*map(printable, table(rows)), sep="\n")
         loose = sum(path.is_file() and not path.name.startswith(".") for path in args.photos.iterdir())
         if loose:
-            print(plain(f"{args.photos}: {loose} files beside the class folders are in no class"))
+            print(printable(f"{args.photos}: {loose} files beside the class folders are in no class"))
         classes = {row["class"] for row in rows}
         for folder in sorted(args.photos.iterdir()):
             if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
-                print(plain(f"{folder}: empty, so there is no class of this name"))
+                print(printable(f"{folder}: empty, so there is no class of this name"))
         heic = sum(map(_is_heic, rows))
         if heic and not pillow_heif:
             print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' and the same command again would read")
@@ -1077,14 +1075,14 @@ def main(argv=None):
         sheet = io.BytesIO()
         contact_sheet(args.crops, rows).save(sheet, "JPEG", quality=88)
         write_file(args.crops / "preview.jpg", sheet.getvalue())
-        print(plain(f"crops in {args.crops}/<class>/, every photo's fate in {args.crops / MANIFEST}, "
+        print(printable(f"crops in {args.crops}/<class>/, every photo's fate in {args.crops / MANIFEST}, "
                     f"a look at them in {args.crops / 'preview.jpg'}"))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what is done is kept; the same command goes on from there")
     except BrokenPipeError:
         end_output()
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {plain(error)}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
 def cores():

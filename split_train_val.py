@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocess_lips import MANIFEST, columns, cores, end_output, is_name, locked, pad, perceptual_hash, plain, read_csv, sweep, temporary, write_csv, writing
+from preprocess_lips import MANIFEST, columns, cores, end_output, is_name, locked, pad, perceptual_hash, printable, read_csv, sweep, temporary, write_csv, writing
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
@@ -357,7 +357,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: run the same command again to finish")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {plain(error)}")
+        sys.exit(f"error: {printable(str(error))}")
     try:
         report(args, rows, foreign, alike, alone)
     except BrokenPipeError:
@@ -366,27 +366,27 @@ def main(argv=None):
 
 def report(args, rows, foreign, alike, alone):
     """Print what `split` did."""
-    print(*map(plain, table(rows)), sep="\n")
+    print(*map(printable, table(rows)), sep="\n")
     counts = Counter((row["class"], row["part"]) for row in rows)
     for label in sorted({row["class"] for row in rows}):
         if counts[label, "train"] > 1 and not counts[label, "val"]:
-            print(plain(f"{label}: none in val, because all its crops belong together; smaller groups would help"))
+            print(printable(f"{label}: none in val, because all its crops belong together; smaller groups would help"))
     if args.group:
         sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
         print(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
     if alone:
-        print(plain(f"groups of their own, because --group finds nothing in their paths: {len(alone)} crops, such as that of {alone[0]}"))
+        print(printable(f"groups of their own, because --group finds nothing in their paths: {len(alone)} crops, such as that of {alone[0]}"))
     if alike[0]:
         print(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
     suffixes = Image.registered_extensions()
     deeper = [path for path in sorted(args.crops.glob("[!.]*/[!.]*/**/*")) if path.suffix.lower() in suffixes and path.is_file()]
     if deeper:
-        print(plain(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in folders below, such as {deeper[0]}"))
+        print(printable(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in folders below, such as {deeper[0]}"))
     for path in foreign[:5]:
-        print(plain(f"left alone, not made by this script: {path}"))
+        print(printable(f"left alone, not made by this script: {path}"))
     if len(foreign) > 5:
         print(f"... and {len(foreign) - 5} more")
-    print(plain(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
+    print(printable(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
                 f"listed in {args.data / RECORD}"))
 
 
