@@ -1,11 +1,11 @@
 """Name the expression of every mouth in photos, videos or a camera's view, with train.py's weights.
 
-    python predict.py photo.jpg                        one line a face
-    python predict.py holiday/ --save named            annotated copies of all photos and videos of a folder, and a page of them
-    python predict.py clip.mp4                         one line for every change, with the time
-    python predict.py --camera 0                       a live window
-    python predict.py crops/ --crops --json            mouth crops instead of photos, one JSON object a line
-    python predict.py --evaluate data/val --crops      accuracy on a folder of class folders
+    python predict.py photo.jpg                     one line a face
+    python predict.py holiday/ --save named         annotated copies of photos and videos, and a page of them
+    python predict.py clip.mp4                      one line for every change, with the time
+    python predict.py --camera 0                    a live window
+    python predict.py crops/ --crops --json         mouth crops instead of photos, one JSON object a line
+    python predict.py --evaluate data/val --crops   accuracy on a folder of class folders
 
 In other code:
 
@@ -46,27 +46,44 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tabulate import tabulate
 from tqdm import tqdm
 
 from net import load_model, predict
-from preprocess_lips import HEIC, Face, LipCropper, columns, cores, end_output, label_font, pad, plain, read_photo, write_file
+from preprocess_lips import (
+    HEIC,
+    Face,
+    LipCropper,
+    cores,
+    end_output,
+    label_font,
+    printable,
+    read_photo,
+    write_file,
+)
 
 BATCH = 32  # photos whose faces go through the network together
-MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
+NO_FACE = "no face found"  # the error of a photo that is readable
+
 VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
 SEARCH_EVERY = 6  # frames of a video; in between, known faces are followed
 SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in a video
-MOST_SHOWN = 48  # mouths in the picture of those that the model contradicts
-LEAD = 0.1  # by which a label must beat the one printed before to be a change
 PATIENCE = 15  # frames for which a face that is out of sight keeps its number
+LEAD = 0.1  # by which a label must beat the one printed before to be a change
+
+MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
+MOST_SHOWN = 48  # mouths in the picture of those that the model contradicts
 
 EXAMPLES = """examples:
   python predict.py photo.jpg clip.mp4 holiday/ --save named
   python predict.py --camera 0
 """
 
-label_font = functools.cache(label_font)  # loading one takes longer than drawing with it
-LipCropper = functools.cache(LipCropper)  # loading it takes as long as forty photos, and threads may share it
+load_cropper = functools.cache(LipCropper)  # takes as long as forty photos; threads may share it
+load_font = functools.cache(label_font)  # takes longer than drawing with it
+
+
+# --- photos
 
 
 class Result(NamedTuple):
@@ -98,7 +115,7 @@ def predict_photos(sources, model, crops=False, workers=None):
     """
     sources = [Path(source) for source in sources]
     workers = min(workers or cores(), len(sources)) or 1
-    cropper = None if crops else LipCropper()
+    cropper = None if crops else load_cropper()
 
     def find(source):
         try:
@@ -107,10 +124,10 @@ def predict_photos(sources, model, crops=False, workers=None):
                 box = (0, 0, crop.shape[1], crop.shape[0])
                 faces = [Face(box, None, box, crop, "")]
             else:
-                faces, *_ = cropper.find(source)
+                faces = cropper.find(source).faces
         except OSError as error:
             return Result(source, [], None, f"unreadable: {error.strerror or error}")
-        return Result(source, faces, None, "" if faces else "no face found")
+        return Result(source, faces, None, "" if faces else NO_FACE)
 
     with ThreadPoolExecutor(workers) as pool:
         waiting, ahead = deque(), deque(sources)
@@ -118,11 +135,77 @@ def predict_photos(sources, model, crops=False, workers=None):
             while ahead and len(waiting) < BATCH + 2 * workers:
                 waiting.append(pool.submit(find, ahead.popleft()))
             results = [waiting.popleft().result() for _ in range(min(BATCH, len(waiting)))]
-            probabilities = predict(model, [face.crop for result in results for face in result.faces]).numpy()
+            rows = predict(model, [face.crop for result in results for face in result.faces]).numpy()
             for result in results:
                 n = len(result.faces)
-                yield result._replace(probabilities=probabilities[:n])
-                probabilities = probabilities[n:]
+                yield result._replace(probabilities=rows[:n])
+                rows = rows[n:]
+
+
+def as_json(result, classes, numbers=None, **where):
+    """The objects of --json for a photo or a frame: one a face, or one that says why there is none."""
+    where = {"source": str(result.source), **where}
+    if result.error:
+        return [where | {"face": None, "error": result.error}]
+    return [
+        where | {
+            "face": number,
+            "box": list(face.box),
+            "mouth": list(face.mouth),
+            "label": classes[row.argmax()],
+            "probability": round(float(row.max()), 4),
+            "probabilities": {name: round(float(p), 4) for name, p in zip(classes, row)},
+        }
+        for number, face, row in zip(numbers or itertools.count(1), result.faces, result.probabilities)
+    ]
+
+
+def json_line(value):
+    """JSON that is exact and safe to print: only ASCII where the terminal would not show all of it."""
+    text = json.dumps(value, ensure_ascii=False)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text if printable(text).encode(encoding, "replace").decode(encoding) == text else json.dumps(value)
+
+
+def photo_line(one):
+    """Words for an object of `as_json`."""
+    if one["face"] is None:
+        return printable(f"{one['source']}  {one['error']}")
+    return printable(f"{one['source']}  face {one['face']}  {one['label']}  {one['probability']:.1%}")
+
+
+def print_photos(files, model, args, copies):
+    """Predict photos and print a line for each face.
+
+    Parameters
+    ----------
+    files : list of (Path, Path)
+        As `list_inputs` returns them.
+    model : net.simpleconv3
+    args : argparse.Namespace
+        Its ``crops`` and ``json``.
+    copies : Copies or None
+        Where annotated copies go.
+
+    Yields
+    ------
+    Card
+        One for each photo.
+    """
+    results = predict_photos([file for file, _ in files], model, args.crops)
+    bar = tqdm(results, total=len(files), unit="photo", leave=False, disable=None if len(files) > 1 else True)
+    for result, (file, relative) in zip(bar, files):
+        for one in as_json(result, model.classes):
+            tqdm.write(json_line(one) if args.json else photo_line(one))
+        copy = None
+        if copies and result.error in ("", NO_FACE):
+            copy = copies.name(relative, ".jpg")
+            picture = annotate(read_photo(file), result.faces, result.probabilities, model.classes)
+            save_jpeg(picture, copies.folder / copy)
+        yield Card(file, copy, list(result.probabilities), result.error)
+
+
+# --- video
 
 
 class Moment(NamedTuple):
@@ -151,29 +234,22 @@ def predict_video(capture, model):
     Moment
         One for each frame that can be decoded.
     """
-    cropper = LipCropper()
+    cropper = load_cropper()
     known = {}  # number: (face, probabilities, frames since it was seen)
     new = itertools.count(1)
-    start = None
-    for i in itertools.count():
-        ok, frame = capture.read()
-        if not ok:
-            return
-        # cameras stamp their frames in ways of their own
-        now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if capture.getBackendName() == "FFMPEG" else time.perf_counter()
-        start = now if start is None else start
-        frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    for i, (now, frame) in enumerate(frames_of(capture)):
         seen = {}
         for number, (face, _, missed) in known.items():
             face = None if missed else cropper.follow(frame, face.landmarks)
-            if face and not any(_same(face, other) for other in seen.values()):
+            if face and not any(same_face(face, other) for other in seen.values()):
                 seen[number] = face
         lost = any(number not in seen for number, (_, _, missed) in known.items() if not missed)
         if lost or i % SEARCH_EVERY == 0:
             places = {number: face for number, (face, _, _) in known.items()} | seen
             for face in cropper(frame):
-                number = next((number for number, place in places.items() if _same(face, place)), None) or next(new)
+                number = next((n for n, place in places.items() if same_face(face, place)), None) or next(new)
                 seen[number] = places[number] = face
+
         rows = predict(model, [face.crop for face in seen.values()]).numpy()
         for (number, face), row in zip(seen.items(), rows):
             before = known[number][1] if number in known else row
@@ -182,223 +258,30 @@ def predict_video(capture, model):
             face, row, missed = known.pop(number)
             if missed < PATIENCE:
                 known[number] = face, row, missed + 1
+
         numbers = sorted(seen)
-        rows = [known[number][1] for number in numbers]
-        yield Moment(now - start, frame, numbers, [seen[n] for n in numbers], np.array(rows).reshape(-1, len(model.classes)))
+        rows = np.array([known[number][1] for number in numbers]).reshape(-1, len(model.classes))
+        yield Moment(now, frame, numbers, [seen[number] for number in numbers], rows)
 
 
-def _same(a, b):
-    """Whether two faces of one or of neighbouring frames are the same: their mouths are less than half a face apart."""
+def frames_of(capture):
+    """Seconds since the first frame, and frame (uint8, H x W x 3, RGB), for all that can be decoded."""
+    start = None
+    while True:
+        ok, frame = capture.read()
+        if not ok:
+            return
+        # cameras stamp their frames in ways of their own
+        stamped = capture.getBackendName() == "FFMPEG"
+        now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if stamped else time.perf_counter()
+        start = now if start is None else start
+        yield now - start, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+
+def same_face(a, b):
+    """Whether faces of the same or of neighbouring frames are one: mouths less than half a face apart."""
     apart = np.subtract(a.mouth[:2], b.mouth[:2]) + np.subtract(a.mouth[2:], b.mouth[2:])
     return np.hypot(*apart) / 2 < (b.box[2] - b.box[0]) / 2
-
-
-def as_json(result, classes, numbers=None, **where):
-    """The objects that --json prints for a photo or a frame: one a face, or one that says why there is none."""
-    where = {"source": str(result.source), **where}
-    if result.error:
-        return [where | {"face": None, "error": result.error}]
-    return [
-        where | {
-            "face": number, "box": list(face.box), "mouth": list(face.mouth),
-            "label": classes[row.argmax()], "probability": round(float(row.max()), 4),
-            "probabilities": {name: round(float(p), 4) for name, p in zip(classes, row)},
-        }
-        for number, face, row in zip(numbers or itertools.count(1), result.faces, result.probabilities)
-    ]
-
-
-def json_line(value):
-    """JSON that is exact and safe to print: where `plain` would change it, all that is not ASCII is escaped."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if text == plain(text) else json.dumps(value)
-
-
-def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
-    """A copy of the photo with every mouth's box, expression and probability.
-
-    Parameters
-    ----------
-    photo : uint8 array of shape (H, W, 3), RGB
-    faces, probabilities
-        As in a `Result`.
-    classes : sequence of str
-    least : int
-        Pixels to which the longer side of small photos is enlarged, so that the words can be read.
-
-    Returns
-    -------
-    PIL.Image.Image
-    """
-    scale = max(1.0, least / max(photo.shape[:2]))
-    photo = Image.fromarray(photo)
-    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(photo)
-    side = min(photo.size)
-    line, size = max(2, side // 200), max(15, side // 26)
-    for face, row in zip(faces, probabilities):
-        box = [min(max(v * scale, 0), length - 1) for v, length in zip(face.mouth, 2 * photo.size)]
-        draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=line + 2)
-        draw.rectangle(box, outline="yellow", width=line)
-        font, text = label_font(f"{classes[row.argmax()]} {row.max():.0%}", size)
-        width, height = draw.textbbox((0, 0), text, font)[2:]
-        x = min(max(box[0], 0), max(0, photo.width - width - 8))
-        y = box[1] - height - 8 if box[1] > height + 8 else min(box[3], photo.height - height - 8)
-        draw.rectangle((x, y, x + width + 8, y + height + 7), "yellow")
-        draw.text((x + 4, y + 3), text, "black", font)
-    return photo
-
-
-def draw_bars(picture, row, classes, rate):
-    """Draw the probabilities of one face (None: no face) and the frames a second into the corner of a picture."""
-    draw = ImageDraw.Draw(picture, "RGBA")
-    size = max(14, min(picture.size) // 32)
-    step, width = size + 8, max(picture.width // 4, 10 * size)
-    draw.rectangle((0, 0, width + 12, (len(classes) + 1) * step + 8), (0, 0, 0, 150))
-    for i, (name, p) in enumerate(zip(classes, np.zeros(len(classes)) if row is None else row)):
-        draw.rectangle((6, 6 + i * step, 6 + p * width, 2 + (i + 1) * step), (200, 150, 0, 220))
-        font, name = label_font(name, size)
-        draw.text((10, 7 + i * step), name, "white", font)
-        draw.text((width, 7 + i * step), f"{p:.0%}", "white", label_font("0", size)[0], anchor="ra")
-    draw.text((10, 7 + len(classes) * step), f"{rate:.0f} frames/s" + ("  no face" if row is None else ""), "white", label_font("0", size)[0])
-
-
-def is_video(path):
-    return path.suffix.lower() in VIDEOS
-
-
-def list_inputs(inputs, videos=False):
-    """Pairs of (photo, its path below its input); folders are searched at any depth for image files, and for videos if asked."""
-    found, suffixes = [], (Image.registered_extensions().keys() - VIDEOS).union(HEIC, VIDEOS if videos else ())
-    for path in inputs:
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()
-                           and not any(part.startswith(".") for part in p.relative_to(path).parts))
-            if not files:
-                raise FileNotFoundError(f"{path}: no photos {'or videos ' if videos else ''}in this folder")
-            found += [(file, file.relative_to(path)) for file in files]
-        else:
-            found.append((path, Path(path.name)))
-    return found
-
-
-def evaluate(pairs, classes):
-    """Scores of predictions.
-
-    Parameters
-    ----------
-    pairs : sequence of (int, int)
-        True and predicted class of every image.
-    classes : sequence of str
-
-    Returns
-    -------
-    dict
-        ``images``, ``accuracy``, ``balanced_accuracy`` (mean of the recalls of the classes that occur),
-        ``classes`` (name to precision, recall, f1, images) and ``confusion`` (rows true, columns predicted).
-        What has no denominator is None.
-    """
-    matrix = np.zeros((len(classes), len(classes)), int)
-    for truth, guess in pairs:
-        matrix[truth, guess] += 1
-
-    def ratio(a, b):
-        return round(float(a / b), 4) if b else None
-
-    hits, true, guessed = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    recalls = [h / t for h, t in zip(hits, true) if t]
-    return {
-        "images": int(matrix.sum()),
-        "accuracy": ratio(hits.sum(), matrix.sum()),
-        "balanced_accuracy": ratio(sum(recalls), len(recalls)),
-        "classes": {
-            name: {"precision": ratio(h, g), "recall": ratio(h, t), "f1": ratio(2 * h, t + g), "images": int(t)}
-            for name, h, t, g in zip(classes, hits, true, guessed)
-        },
-        "confusion": matrix.tolist(),
-    }
-
-
-def evaluation_table(scores):
-    """Lines of text for what `evaluate` returns."""
-    def percent(value):
-        return "-" if value is None else f"{value:.1%}"
-
-    def heading(name):
-        while columns(name) > 12:
-            name = name[:-1]
-        return " " * (14 - columns(name)) + name
-
-    names = list(scores["classes"])
-    width = max(map(columns, ("true \\ predicted", *names))) + 2
-    lines = [pad("class", width) + "   images precision    recall        f1"]
-    for name, row in scores["classes"].items():
-        lines.append(pad(name, width) + f"{row['images']:9}" + "".join(f"{percent(row[k]):>10}" for k in ("precision", "recall", "f1")))
-    lines += ["", pad("true \\ predicted", width) + "".join(map(heading, names))]
-    for name, row in zip(names, scores["confusion"]):
-        lines.append(pad(name, width) + "".join(f"{n:14}" for n in row))
-    lines += ["", f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
-                  f" on {scores['images']} images" + (f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else "")]
-    if scores["contradicted"]:
-        lines += ["", f"most confidently contradicted (wrong labels are among them; --save DIR shows the first {MOST_SHOWN}):"]
-        lines += [f"  {one['source']}  {one['label']} {one['probability']:.1%}" for one in scores["contradicted"][:8]]
-    return lines
-
-
-def run_evaluation(folder, model, crops):
-    """Score a model on a folder of class folders.
-
-    Returns
-    -------
-    scores : dict
-        As `evaluate` returns it, with ``skipped``, the number of photos without a face, and ``contradicted``,
-        the photos whose folder the model contradicts, most confident first: wrong labels are among them.
-    against : list of (float, Result, str, str)
-        The same, as probability, result, folder and label.
-
-    Raises
-    ------
-    ValueError
-        A folder is none of the model's classes, or no photo has a face.
-    """
-    files = [(file, path) for file, path in list_inputs([folder]) if len(path.parts) > 1]
-    if not files:
-        raise FileNotFoundError(f"{folder}: no photos in class folders")
-    unknown = sorted({path.parts[0] for _, path in files} - set(model.classes))
-    if unknown:
-        raise ValueError(f"{folder}: holds {unknown[0]}, which is none of the model's classes ({', '.join(model.classes)})")
-    pairs, skipped, against = [], 0, []
-    results = predict_photos([file for file, _ in files], model, crops)
-    for (_, path), result in zip(files, tqdm(results, total=len(files), unit="photo", leave=False, disable=None)):
-        if result.error:
-            skipped += 1
-        else:
-            row = result.probabilities[0]
-            truth, guess = model.classes.index(path.parts[0]), int(row.argmax())
-            pairs.append((truth, guess))
-            if truth != guess:
-                against.append((float(row[guess]), result, model.classes[truth], model.classes[guess]))
-    if not pairs:
-        raise ValueError(f"{folder}: no face in any of {len(files)} photos" + ("" if crops else "; if they are mouth crops, add --crops"))
-    against.sort(key=lambda one: -one[0])
-    scores = evaluate(pairs, model.classes) | {"skipped": skipped, "contradicted": [
-        {"source": str(result.source), "folder": truth, "label": guess, "probability": round(p, 4)} for p, result, truth, guess in against]}
-    return scores, against
-
-
-def contradictions_sheet(against, side=150, columns=6):
-    """Mouths that the model contradicts, most confident first, with folder, label and probability: PIL image."""
-    against = against[:MOST_SHOWN]
-    rows = -(-len(against) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * (side + 40)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (p, result, truth, guess) in enumerate(against):
-        x, y = i % columns * side, i // columns * (side + 40)
-        sheet.paste(Image.fromarray(result.faces[0].crop).resize((side - 4, side - 4)), (x + 2, y + 2))
-        for line, text in enumerate((f"filed as {truth}", f"looks {guess} {p:.0%}")):
-            font, text = label_font(text, 13)
-            draw.text((x + 4, y + side + 18 * line), text, "black" if line == 0 else "firebrick", font)
-    return sheet
 
 
 def open_video(source):
@@ -409,20 +292,23 @@ def open_video(source):
     OSError
         It cannot be opened; the text says why.
     """
-    if not isinstance(source, int) and (isinstance(source, Path) or Path(source).is_file()):
+    if isinstance(source, int):
+        capture, why = cv2.VideoCapture(source), "no such camera, or another program uses it"
+    elif isinstance(source, Path) or Path(source).is_file():
         with open(source, "rb") as file:  # OpenCV would not say that it is missing or closed to us
             if not file.read(1):
                 raise OSError("an empty file")
-    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        capture, why = cv2.VideoCapture(str(source)), "not a video that OpenCV can decode"
+    else:
+        capture, why = cv2.VideoCapture(source), "no such file or address"
     if not capture.isOpened():
-        raise OSError("no such camera, or another program uses it" if isinstance(source, int) else
-                      "not a video that OpenCV can decode" if Path(source).is_file() else "no such file or address")
+        raise OSError(why)
     return capture
 
 
 @contextlib.contextmanager
 def video_writer(target, rate, size):
-    """A function that takes frames (uint8, H x W x 3, RGB); on leaving, `target` is there, whole, or not at all."""
+    """A function that takes frames (uint8, H x W x 3, RGB); in the end `target` is whole, or not there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{secrets.token_hex(8)}.mp4")
     writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
@@ -445,43 +331,29 @@ def video_writer(target, rate, size):
         temporary.unlink(missing_ok=True)
 
 
-class Window:
-    """The live window. Raises OSError where none can be opened."""
+class Changes:
+    """Words for a video: a line where a face comes, changes its label, or goes."""
 
-    def __init__(self, title):
-        # without a screen OpenCV ends the process, so another one tries first
-        probe = "import cv2; cv2.namedWindow('probe')"
-        if sys.platform == "linux" and subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
-            raise OSError("--camera needs a screen, and OpenCV can open no window here (DISPLAY is "
-                          f"{os.environ.get('DISPLAY') or 'not set'}); a video file can be predicted without --camera")
-        self.title, self.start, self.last, self.gap = title, None, 0.0, 0.0
+    def __init__(self, source):
+        self.source, self.frame = source, 0
+        self.last = {}  # number of a face: its label, time and frame
 
-    def show(self, moment, classes):
-        """Show a frame when its time has come; returns whether to go on."""
-        now = time.perf_counter()
-        if self.start is None:
-            height, width = moment.frame.shape[:2]
-            cv2.namedWindow(self.title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | getattr(cv2, "WINDOW_GUI_NORMAL", 0))
-            cv2.resizeWindow(self.title, width, height)
-            self.start = now
-        else:
-            self.gap += (now - self.last - self.gap) * (0.05 if self.gap else 1)
-        self.last = now
-        picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0)
-        largest = max(range(len(moment.faces)), key=lambda i: moment.faces[i].box[2] - moment.faces[i].box[0], default=None)
-        draw_bars(picture, None if largest is None else moment.probabilities[largest], classes, 1 / self.gap if self.gap else 0)
-        cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
-        # files play at their own speed; a camera's frames are always due
-        early = self.start + moment.time - time.perf_counter()
-        key = cv2.waitKey(round(1000 * min(max(early, 0.001), 0.5)))
-        try:
-            return key not in (ord("q"), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
-        except cv2.error:  # Qt says so when the last window is gone
-            return False
+    def lines(self, now, faces):
+        """The lines for the next frame, of objects of `as_json`."""
+        self.frame += 1
+        for one in faces:
+            number, label = one["face"], self.last.get(one["face"], (None,))[0]
+            if one["probability"] > one["probabilities"].get(label, -1) + LEAD:
+                label = one["label"]
+                yield self._line(now, number, f"{label}  {one['probability']:.1%}")
+            self.last[number] = label, now, self.frame
+        for number, (_, seen, frame) in list(self.last.items()):
+            if self.frame - frame > PATIENCE:
+                yield self._line(seen, number, "gone")
+                del self.last[number]
 
-
-def clock(seconds):
-    return f"{int(seconds // 60)}:{seconds % 60:05.2f}"
+    def _line(self, now, number, what):
+        return printable(f"{self.source}  {int(now // 60)}:{now % 60:05.2f}  face {number}  {what}")
 
 
 def run_video(capture, source, model, as_lines=False, target=None, window=None):
@@ -514,48 +386,349 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
     """
     rate, promised = capture.get(cv2.CAP_PROP_FPS), int(max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     torch.set_num_threads(1)  # of one crop at a time, more threads only make each other wait
-    labels, last, n = Counter(), {}, 0  # last: number of a face to its label, time and frame
+    labels, changes, n = Counter(), Changes(source), 0
     with contextlib.ExitStack() as stack:
         stack.callback(capture.release)
-        bar = stack.enter_context(tqdm(total=promised or None, unit="frame", leave=False, disable=True if window else None))
-
-        def say(text):
-            with bar.external_write_mode(sys.stdout):
-                print(text, flush=True)
-
+        quiet = True if window else None
+        bar = stack.enter_context(tqdm(total=promised or None, unit="frame", leave=False, disable=quiet))
         for n, moment in enumerate(predict_video(capture, model), 1):
-            result = Result(source, moment.faces, moment.probabilities, "" if moment.faces else "no face found")
-            lines = as_json(result, model.classes, moment.numbers, time=round(moment.time, 3))
-            labels.update(line.get("label", "") for line in lines)
-            for line in lines:
-                if as_lines:
-                    say(json_line(line))
-                elif moment.faces:
-                    label = last[line["face"]][0] if line["face"] in last else None
-                    if line["probability"] > line["probabilities"].get(label, -1) + LEAD:
-                        label = line["label"]
-                        say(plain(f"{source}  {clock(moment.time)}  face {line['face']}  {label}  {line['probability']:.1%}"))
-                    last[line["face"]] = label, moment.time, n
-            for number, (_, seen, frame) in list(last.items()):
-                if n - frame > PATIENCE:
-                    say(plain(f"{source}  {clock(seen)}  face {number}  gone"))
-                    del last[number]
+            result = Result(source, moment.faces, moment.probabilities, "" if moment.faces else NO_FACE)
+            found = as_json(result, model.classes, moment.numbers, time=round(moment.time, 3))
+            labels.update(one.get("label", "") for one in found)
+            faces = found if moment.faces else []
+            for line in map(json_line, found) if as_lines else changes.lines(moment.time, faces):
+                tqdm.write(line)
             if target:
                 if n == 1:
                     height, width = moment.frame.shape[:2]
-                    write = stack.enter_context(video_writer(target, rate if 0 < rate < 1000 else 25, (width, height)))
-                write(np.asarray(annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0)))
+                    rate = rate if 0 < rate < 1000 else 25
+                    write = stack.enter_context(video_writer(target, rate, (width, height)))
+                picture = annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0)
+                write(np.asarray(picture))
             bar.update()
             if window and not window.show(moment, model.classes):
                 return labels
     if 0 < n < 0.9 * promised:  # formats that store no count promise an estimate
-        print(plain(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded"), file=sys.stderr if as_lines else sys.stdout)
+        text = printable(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded")
+        print(text, file=sys.stderr if as_lines else sys.stdout)
     return labels
 
 
-def shares(labels):
-    """Words for what `run_video` returns."""
-    return ", ".join(f"{label or 'no face'} {count / labels.total():.0%}" for label, count in labels.most_common())
+def print_videos(files, model, args, copies):
+    """Predict videos and print a line for every change; parameters and yields as in `print_photos`."""
+    for file, relative in files:
+        copy, labels, error = None, Counter(), ""
+        try:
+            capture = open_video(file)
+        except OSError as problem:
+            error = f"unreadable: {problem.strerror or problem}"
+        else:
+            copy = copies.name(relative, ".mp4") if copies else None
+            labels = run_video(capture, file, model, args.json, copy and copies.folder / copy)
+            if not labels:
+                copy, error = None, "unreadable: not one frame can be decoded"
+        if not args.json:
+            shares = (f"{label or 'no face'} {n / labels.total():.0%}" for label, n in labels.most_common())
+            print(printable(f"{file}  {error or ', '.join(shares)}"))
+        elif error:
+            print(json_line({"source": str(file), "face": None, "error": error}))
+        rows = [[labels[name] / labels.total() for name in model.classes]] if labels.keys() - {""} else []
+        yield Card(file, copy, rows, error or ("" if rows else NO_FACE))
+
+
+# --- camera
+
+
+class Window:
+    """The live window. Raises OSError where none can be opened."""
+
+    def __init__(self, title):
+        # without a screen OpenCV ends the process, so another one tries first
+        probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
+        if sys.platform == "linux" and subprocess.run(probe, capture_output=True).returncode:
+            display = os.environ.get("DISPLAY") or "not set"
+            raise OSError("--camera needs a screen, and OpenCV can open no window here "
+                          f"(DISPLAY is {display}); a video file can be predicted without --camera")
+        self.title, self.start, self.last, self.gap = title, None, 0.0, 0.0
+
+    def show(self, moment, classes):
+        """Show a frame when its time has come; returns whether to go on."""
+        now = time.perf_counter()
+        if self.start is None:
+            height, width = moment.frame.shape[:2]
+            flags = cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | getattr(cv2, "WINDOW_GUI_NORMAL", 0)
+            cv2.namedWindow(self.title, flags)
+            cv2.resizeWindow(self.title, width, height)
+            self.start = now
+        else:
+            self.gap += (now - self.last - self.gap) * (0.05 if self.gap else 1)
+        self.last = now
+        picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0)
+        sides = [face.box[2] - face.box[0] for face in moment.faces]
+        row = moment.probabilities[np.argmax(sides)] if sides else None
+        draw_bars(picture, row, classes, 1 / self.gap if self.gap else 0)
+        cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
+        # files play at their own speed; a camera's frames are always due
+        early = self.start + moment.time - time.perf_counter()
+        key = cv2.waitKey(round(1000 * min(max(early, 0.001), 0.5)))
+        try:
+            return key not in (ord("q"), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
+        except cv2.error:  # Qt says so when the last window is gone
+            return False
+
+
+def show_camera(source, model, as_lines):
+    """Show a camera (its number), a video file or an address in a window, and print what `run_video` does."""
+    try:
+        capture = open_video(int(source) if source.isdecimal() else source)
+    except OSError as error:
+        raise OSError(f"--camera {source}: {error.strerror or error}") from None
+    run_video(capture, source, model, as_lines, window=Window(f"{source} - q quits"))
+
+
+# --- evaluation
+
+
+def evaluate(pairs, classes):
+    """Scores of predictions.
+
+    Parameters
+    ----------
+    pairs : sequence of (int, int)
+        True and predicted class of every image.
+    classes : sequence of str
+
+    Returns
+    -------
+    dict
+        ``images``, ``accuracy``, ``balanced_accuracy`` (mean of the recalls of the classes that occur),
+        ``classes`` (name to precision, recall, f1, images) and ``confusion`` (rows true, columns predicted).
+        What has no denominator is None.
+    """
+    matrix = np.zeros((len(classes), len(classes)), int)
+    for truth, guess in pairs:
+        matrix[truth, guess] += 1
+
+    def ratio(a, b):
+        return round(float(a / b), 4) if b else None
+
+    hits, true, guessed = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    recalls = [h / t for h, t in zip(hits, true) if t]
+    return {
+        "images": int(matrix.sum()),
+        "accuracy": ratio(hits.sum(), matrix.sum()),
+        "balanced_accuracy": ratio(sum(recalls), len(recalls)),
+        "classes": {
+            name: {
+                "precision": ratio(hit, g),
+                "recall": ratio(hit, t),
+                "f1": ratio(2 * hit, t + g),
+                "images": int(t),
+            }
+            for name, hit, t, g in zip(classes, hits, true, guessed)
+        },
+        "confusion": matrix.tolist(),
+    }
+
+
+def evaluate_folder(folder, model, crops):
+    """Score a model on a folder of class folders.
+
+    Returns
+    -------
+    scores : dict
+        As `evaluate` returns it, with ``skipped``, the number of photos without a face, and ``contradicted``,
+        the photos whose folder the model contradicts, most confident first: wrong labels are among them.
+    against : list of (float, Result, str, str)
+        The same, as probability, result, folder and label.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder, or there are no photos in it.
+    ValueError
+        A folder is none of the model's classes, or no photo has a face.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files = [(file, path) for file, path in list_inputs([folder]) if len(path.parts) > 1]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no photos in class folders")
+    unknown = sorted({path.parts[0] for _, path in files} - set(model.classes))
+    if unknown:
+        names = ", ".join(model.classes)
+        raise ValueError(f"{folder}: holds {unknown[0]}, which is none of the model's classes ({names})")
+    pairs, skipped, against = [], 0, []
+    results = predict_photos([file for file, _ in files], model, crops)
+    bar = tqdm(results, total=len(files), unit="photo", leave=False, disable=None)
+    for result, (_, path) in zip(bar, files):
+        if result.error:
+            skipped += 1
+            continue
+        row = result.probabilities[0]
+        truth, guess = model.classes.index(path.parts[0]), int(row.argmax())
+        pairs.append((truth, guess))
+        if truth != guess:
+            against.append((float(row[guess]), result, model.classes[truth], model.classes[guess]))
+    if not pairs:
+        hint = "" if crops else "; if they are mouth crops, add --crops"
+        raise ValueError(f"{folder}: no face in any of {len(files)} photos{hint}")
+    against.sort(key=lambda one: -one[0])
+    contradicted = [
+        {"source": str(result.source), "folder": truth, "label": guess, "probability": round(p, 4)}
+        for p, result, truth, guess in against
+    ]
+    return evaluate(pairs, model.classes) | {"skipped": skipped, "contradicted": contradicted}, against
+
+
+def evaluation_text(scores):
+    """Two tables and a line, as text, for the scores of `evaluate_folder`."""
+
+    def percent(value):
+        return "-" if value is None else f"{value:.1%}"
+
+    def table(headers, rows):
+        return tabulate(rows, headers, tablefmt="plain", disable_numparse=True,
+                        colalign=("left",) + ("right",) * (len(headers) - 1))
+
+    names = list(map(printable, scores["classes"]))
+    rows = [
+        [name, one["images"], *(percent(one[key]) for key in ("precision", "recall", "f1"))]
+        for name, one in zip(names, scores["classes"].values())
+    ]
+    confusion = [[name, *row] for name, row in zip(names, scores["confusion"])]
+    skipped = f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else ""
+    text = [
+        table(["class", "images", "precision", "recall", "f1"], rows),
+        table(["true \\ predicted", *names], confusion),
+        f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
+        f" on {scores['images']} images{skipped}",
+    ]
+    if scores["contradicted"]:
+        lines = ["most confidently contradicted (wrong labels are among them; "
+                 f"--save DIR shows the first {MOST_SHOWN}):"]
+        for one in scores["contradicted"][:8]:
+            lines.append(printable(f"  {one['source']}  {one['label']} {one['probability']:.1%}"))
+        text.append("\n".join(lines))
+    return "\n\n".join(text)
+
+
+def print_evaluation(args, model):
+    """Score the model on the folder of --evaluate and print it; with --save draw what it contradicts."""
+    scores, against = evaluate_folder(args.evaluate, model, args.crops)
+    print(json_line(scores) if args.json else evaluation_text(scores))
+    if args.save and against:
+        sheet = args.save / "contradictions.jpg"
+        save_jpeg(contradictions_sheet(against), sheet)
+        text = printable(f"the mouths that the model contradicts: {sheet}")
+        print(text, file=sys.stderr if args.json else sys.stdout)
+
+
+# --- pictures and page
+
+
+def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
+    """A copy of the photo with every mouth's box, expression and probability.
+
+    Parameters
+    ----------
+    photo : uint8 array of shape (H, W, 3), RGB
+    faces, probabilities
+        As in a `Result`.
+    classes : sequence of str
+    least : int
+        Pixels to which the longer side of small photos is enlarged, so that the words can be read.
+
+    Returns
+    -------
+    PIL.Image.Image
+    """
+    scale = max(1.0, least / max(photo.shape[:2]))
+    photo = Image.fromarray(photo)
+    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(photo)
+    side = min(photo.size)
+    line, size = max(2, side // 200), max(15, side // 26)
+    for face, row in zip(faces, probabilities):
+        box = [min(max(v * scale, 0), length - 1) for v, length in zip(face.mouth, 2 * photo.size)]
+        draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=line + 2)
+        draw.rectangle(box, outline="yellow", width=line)
+        font, text = load_font(f"{classes[row.argmax()]} {row.max():.0%}", size)
+        width, height = draw.textbbox((0, 0), text, font)[2:]
+        x = min(max(box[0], 0), max(0, photo.width - width - 8))
+        y = box[1] - height - 8 if box[1] > height + 8 else min(box[3], photo.height - height - 8)
+        draw.rectangle((x, y, x + width + 8, y + height + 7), "yellow")
+        draw.text((x + 4, y + 3), text, "black", font)
+    return photo
+
+
+def draw_bars(picture, row, classes, rate):
+    """Draw a face's probabilities (None: no face) and the frames a second into the corner of a picture."""
+    draw = ImageDraw.Draw(picture, "RGBA")
+    size = max(14, min(picture.size) // 32)
+    step, width = size + 8, max(picture.width // 4, 10 * size)
+    digits, _ = load_font("0", size)
+    draw.rectangle((0, 0, width + 12, (len(classes) + 1) * step + 8), (0, 0, 0, 150))
+    for i, (name, p) in enumerate(zip(classes, np.zeros(len(classes)) if row is None else row)):
+        draw.rectangle((6, 6 + i * step, 6 + p * width, 2 + (i + 1) * step), (200, 150, 0, 220))
+        font, name = load_font(name, size)
+        draw.text((10, 7 + i * step), name, "white", font)
+        draw.text((width, 7 + i * step), f"{p:.0%}", "white", digits, anchor="ra")
+    text = f"{rate:.0f} frames/s" + ("  no face" if row is None else "")
+    draw.text((10, 7 + len(classes) * step), text, "white", digits)
+
+
+def contradictions_sheet(against, side=150, columns=6):
+    """PIL image of the mouths that the model contradicts, each with its folder, label and probability."""
+    against = against[:MOST_SHOWN]
+    rows = -(-len(against) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + 40)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (p, result, truth, guess) in enumerate(against):
+        x, y = i % columns * side, i // columns * (side + 40)
+        sheet.paste(Image.fromarray(result.faces[0].crop).resize((side - 4, side - 4)), (x + 2, y + 2))
+        for line, text in enumerate((f"filed as {truth}", f"looks {guess} {p:.0%}")):
+            font, text = load_font(text, 13)
+            draw.text((x + 4, y + side + 18 * line), text, "black" if line == 0 else "firebrick", font)
+    return sheet
+
+
+def save_jpeg(picture, path):
+    jpeg = io.BytesIO()
+    picture.save(jpeg, "JPEG", quality=92)
+    write_file(path, jpeg.getvalue())
+
+
+class Copies:
+    """The folder of --save: annotated copies of `files` (as `list_inputs` returns them), and a page of them.
+
+    Raises
+    ------
+    ValueError
+        There is an index.html of another origin.
+    """
+
+    def __init__(self, folder, files):
+        self.folder, self.page = folder, folder / "index.html"
+        if self.page.is_file() and b"<title>Expressions</title>" not in self.page.read_bytes():
+            raise ValueError(f"{self.page}: is not of this program; --save another folder")
+        self.originals = {file.resolve().parent for file, _ in files}  # where nothing is written over
+        self.used = {self._place(file) for file, _ in files}
+
+    @staticmethod
+    def _place(path):
+        """A file's place, the same for all its names: disks may not tell a.JPG from a.jpg."""
+        return str(path.resolve()).casefold()
+
+    def name(self, relative, suffix):
+        """Where below the folder a copy goes: over none of the inputs, and over no other copy."""
+        for n in itertools.count(1):
+            name = relative.with_name(f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}")
+            path = self.folder / name
+            place = self._place(path)
+            if place not in self.used and not (path.exists() and path.resolve().parent in self.originals):
+                self.used.add(place)
+                return name
 
 
 PAGE = Template("""<!doctype html>
@@ -566,13 +739,15 @@ PAGE = Template("""<!doctype html>
 <style>
 :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }
 body { margin: 0 1rem 2rem }
-form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; align-items: center;
-  padding: .7rem 0; margin-bottom: 1rem; background: Canvas; border-bottom: 1px solid #8886 }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.5rem;
+  align-items: center; padding: .7rem 0; margin-bottom: 1rem; background: Canvas;
+  border-bottom: 1px solid #8886 }
 label { white-space: nowrap }
 select, input { font: inherit; max-width: 60vw; vertical-align: middle }
 input { width: min(16rem, 30vw) }
 a { color: inherit }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 100%), 1fr)); gap: 1.2rem 1rem }
+main { display: grid; gap: 1.2rem 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(14rem, 100%), 1fr)) }
 figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto 20rem; overflow-wrap: anywhere }
 img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882 }
 p, ul { margin: .3rem 0; padding: 0; list-style: none; font-size: .85rem }
@@ -582,7 +757,8 @@ li.top { font-weight: bold }
 </style>
 <form autocomplete="off">
 <label>show <select name="class">$options</select></label>
-<label>top probability at most <input name="most" type="range" min="0" max="100" value="100"> <output></output></label>
+<label>top probability at most
+<input name="most" type="range" min="0" max="100" value="100"> <output></output></label>
 <b></b>
 </form>
 <main>
@@ -614,7 +790,7 @@ read()
 
 
 class Card(NamedTuple):
-    """What the page of --save shows of one photo or video."""
+    """What became of one photo or video, for the page of --save."""
 
     source: Path
     copy: Path | None  # the annotated copy, relative to the page
@@ -624,173 +800,174 @@ class Card(NamedTuple):
 
 def gallery(cards, classes):
     """A page (str, HTML) that shows annotated copies beside it, to be filtered by class and by doubt."""
+
     def text(value):
         return html.escape(str(value).encode("utf-8", "replace").decode())
 
     figures, counts = [], Counter()
     for source, copy, rows, error in cards:
-        kind = "unreadable" if error.startswith("unreadable") else "no_face"
+        kind = "no_face" if error == NO_FACE else "unreadable"
         tops = [(int(np.argmax(row)), f"{100 * max(row):.1f}") for row in rows] or [(kind, 101)]
         counts.update({label for label, _ in tops})
         link = html.escape(quote(os.fsencode(copy.as_posix()))) if copy else ""
         figure = '<figure data-faces="' + " ".join(f"{label}:{p}" for label, p in tops) + '">'
-        name = text(source)
         if link.endswith(".jpg"):
             figure += f'<a href="{link}"><img src="{link}" loading="lazy" alt=""></a>'
-        figure += (f'<p><a href="{link}">{name}</a></p>' if link else f"<p>{name}</p>") + (f"<p>{text(error)}</p>" if error else "")
+        figure += f'<p><a href="{link}">{text(source)}</a></p>' if link else f"<p>{text(source)}</p>"
+        figure += f"<p>{text(error)}</p>" if error else ""
         for row, (top, _) in zip(rows, tops):
-            figure += "<ul>" + "".join(
-                f'<li class="{"top" * (i == top)}" style="--p:{p:.1%}"><span>{text(name)}</span><span>{p:.1%}</span></li>'
-                for i, (name, p) in enumerate(zip(classes, row))) + "</ul>"
+            figure += "<ul>"
+            for i, (name, p) in enumerate(zip(classes, row)):
+                figure += f'<li class="{"top" * (i == top)}" style="--p:{p:.1%}">'
+                figure += f"<span>{text(name)}</span><span>{p:.1%}</span></li>"
+            figure += "</ul>"
         figures.append(figure + "</figure>")
     options = [("", "everything", len(cards))] + [(i, name, counts[i]) for i, name in enumerate(classes)]
-    options += [(kind, kind.replace("_", " "), counts[kind]) for kind in ("no_face", "unreadable") if counts[kind]]
+    for kind, name in (("no_face", "no face"), ("unreadable", "unreadable")):
+        options += [(kind, name, counts[kind])] if counts[kind] else []
     return PAGE.substitute(
-        options="".join(f'<option value="{value}">{text(name)} ({count})</option>' for value, name, count in options),
-        cards="\n".join(figures))
+        options="".join(f'<option value="{value}">{text(name)} ({n})</option>' for value, name, n in options),
+        cards="\n".join(figures),
+    )
 
 
-def main(argv=None):
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES)
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="photos, videos, or folders of them")
-    parser.add_argument("--model", type=Path, default=Path("models/model.pt"), metavar="FILE", help="weights (default: %(default)s)")
-    group = parser.add_argument_group("instead of inputs")
-    group.add_argument("--camera", metavar="SOURCE", help="show a camera (0 is the first), a video file or an address live in a window; "
-                       "q, Esc or closing it ends")
-    group.add_argument("--evaluate", type=Path, metavar="DIR", help="score the model on photos in a folder of class folders")
-    group = parser.add_argument_group("what the inputs are and what is made of them")
-    group.add_argument("--crops", action="store_true", help="the images are mouth crops, not photos; videos are left out")
-    group.add_argument("--json", action="store_true", help="print one JSON object a face and line (of videos: for every frame) "
-                       "instead of words; with --evaluate one for all")
-    group.add_argument("--save", type=Path, metavar="DIR", help="write annotated copies of photos and videos and a page of them, "
-                       "index.html, there; with --evaluate a picture of the mouths that the model contradicts")
+# --- the command line
+
+
+def is_video(path):
+    return path.suffix.lower() in VIDEOS
+
+
+def list_inputs(inputs, videos=False, skip=None):
+    """The photos that are named or in folders that are named, at any depth.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+    videos : bool
+        List videos too.
+    skip : Path, optional
+        A folder that is left out where it lies within one that is searched.
+
+    Returns
+    -------
+    list of (Path, Path)
+        Each file, and its path below its input.
+
+    Raises
+    ------
+    FileNotFoundError
+        A folder has none.
+    """
+    suffixes = (Image.registered_extensions().keys() - VIDEOS).union(HEIC, VIDEOS if videos else ())
+    found = []
+    for path in inputs:
+        if not path.is_dir():
+            found.append((path, Path(path.name)))
+            continue
+        left_out = skip.resolve() if skip and path.resolve() in skip.resolve().parents else None
+        files = []
+        for file in sorted(path.rglob("*")):
+            relative = file.relative_to(path)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if file.suffix.lower() in suffixes and not hidden and file.is_file():
+                if not left_out or left_out not in file.resolve().parents:
+                    files.append((file, relative))
+        if not files:
+            raise FileNotFoundError(f"{path}: no photos {'or videos ' if videos else ''}in this folder")
+        found += files
+    return found
+
+
+def print_inputs(args, model):
+    """Predict all inputs, print what is found, and save copies and a page of them if asked."""
+    files = list_inputs(args.inputs, videos=not args.crops, skip=args.save)
+    photos = [one for one in files if args.crops or not is_video(one[0])]
+    videos = [one for one in files if not args.crops and is_video(one[0])]
+    copies = Copies(args.save, files) if args.save else None
+    cards = [], []
+    try:
+        cards[0].extend(print_photos(photos, model, args, copies))
+        cards[1].extend(print_videos(videos, model, args, copies))
+    finally:  # a page of what was done before Ctrl-C
+        if copies:
+            write_file(copies.page, gallery(sum(cards, []), model.classes).encode())
+    if not args.json:
+        print_summary(*cards, copies)
+    if any(card.error not in ("", NO_FACE) and card.source in args.inputs for card in sum(cards, [])):
+        sys.exit(1)  # its line says why; in a folder, other files than photos are to be expected
+
+
+def print_summary(photos, videos, copies):
+    """One line for all the cards of photos and of videos."""
+    done = []
+    if photos:
+        faces, found = sum(len(card.rows) for card in photos), sum(not card.error for card in photos)
+        one, all_one = "" if faces == 1 else "s", "" if len(photos) == 1 else "s"
+        done.append(f"{faces} face{one} in {found} of {len(photos)} photo{all_one}")
+    if len(videos) > 1:
+        done.append(f"{sum(not card.error for card in videos)} of {len(videos)} videos have faces")
+    if copies:
+        done.append(f"annotated copies in {copies.folder}, look at {copies.page}")
+    if done:
+        print(printable("; ".join(done)))
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help="photos, videos, or folders of them")
+    add("--model", type=Path, default=Path("models/model.pt"), metavar="FILE",
+        help="weights (default: %(default)s)")
+
+    add = parser.add_argument_group("instead of inputs").add_argument
+    add("--camera", metavar="SOURCE",
+        help="show a camera (0 is the first), a video file or an address live in a window; "
+             "q, Esc or closing it ends")
+    add("--evaluate", type=Path, metavar="DIR",
+        help="score the model on photos in a folder of class folders")
+
+    add = parser.add_argument_group("what the inputs are and what is made of them").add_argument
+    add("--crops", action="store_true",
+        help="the images are mouth crops, not photos; videos are left out")
+    add("--json", action="store_true",
+        help="print one JSON object a face and line (of videos: for every frame) instead of words; "
+             "with --evaluate one for all")
+    add("--save", type=Path, metavar="DIR",
+        help="write annotated copies of photos and videos and a page of them, index.html, there; "
+             "with --evaluate a picture of the mouths that the model contradicts")
+
     args = parser.parse_args(argv)
     if not args.inputs and not args.evaluate and args.camera is None:
         parser.error("name photos, videos or a folder, or --camera 0, or --evaluate DIR")
     if args.camera is not None and (args.inputs or args.evaluate or args.save or args.crops):
-        parser.error("--camera goes with --model and --json only; name a video file without --camera to --save it")
+        parser.error("--camera goes with --model and --json only; name a video without --camera to --save it")
+    return args
+
+
+def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):  # what the terminal lacks becomes escapes; lines come at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    args = parse_args(argv)
     try:
         model = load_model(args.model)
         if not model.about:
-            print(plain(f"{args.model.with_suffix('.json')} is missing: the classes are called {', '.join(model.classes)}"), file=sys.stderr)
+            names = ", ".join(model.classes)
+            text = f"{args.model.with_suffix('.json')} is missing: the classes are called {names}"
+            print(printable(text), file=sys.stderr)
         if args.camera is not None:
-            show_camera(args, model)
+            show_camera(args.camera, model, args.json)
         if args.evaluate:
-            if not args.evaluate.is_dir():
-                raise FileNotFoundError(f"{args.evaluate}: no such folder")
-            scores, against = run_evaluation(args.evaluate, model, args.crops)
-            print(json_line(scores) if args.json else "\n".join(map(plain, evaluation_table(scores))))
-            if args.save and against:
-                sheet = args.save / "contradictions.jpg"
-                save_jpeg(contradictions_sheet(against), sheet)
-                print(plain(f"the mouths that the model contradicts: {sheet}"), file=sys.stderr if args.json else sys.stdout)
+            print_evaluation(args, model)
         if args.inputs:
-            predict_and_print(args, model)
+            print_inputs(args, model)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
     except BrokenPipeError:
         end_output()
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {plain(error)}")
-
-
-def save_jpeg(picture, path):
-    jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG", quality=92)
-    write_file(path, jpeg.getvalue())
-
-
-def show_camera(args, model):
-    source = int(args.camera) if args.camera.isdecimal() else args.camera
-    try:
-        capture = open_video(source)
-    except OSError as error:
-        raise OSError(f"--camera {source}: {error.strerror or error}") from None
-    run_video(capture, source, model, args.json, window=Window(f"{args.camera} - q quits"))
-
-
-def predict_and_print(args, model):
-    files = list_inputs(args.inputs, videos=not args.crops)
-    if args.save:
-        # what an earlier run saved within a folder that is searched
-        save = args.save.resolve()
-        if any(path.is_dir() and path.resolve() in save.parents for path in args.inputs):
-            files = [(file, relative) for file, relative in files if save not in file.resolve().parents or file in args.inputs]
-        page = args.save / "index.html"
-        if page.is_file() and b"<title>Expressions</title>" not in page.read_bytes():
-            raise ValueError(f"{page}: is not of this program; --save another folder")
-    videos = [(file, relative) for file, relative in files if is_video(file) and not args.crops]
-    images = [(file, relative) for file, relative in files if args.crops or not is_video(file)]
-    photos = faces = 0
-    failed = False
-    originals = {file.resolve().parent for file, _ in files}  # where nothing is written over
-
-    def place(path):
-        """A file's place, the same for all its names: disks may not tell a.JPG from a.jpg."""
-        return str(path.resolve()).casefold()
-
-    cards, used = [], {place(file) for file, _ in files}
-
-    def unused(relative, suffix):
-        """Where in the folder of --save a copy goes: over none of the inputs, and over no other copy."""
-        names = (f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}" for n in itertools.count(1))
-        target = next(path for path in map((args.save / relative).with_name, names)
-                      if place(path) not in used and not (path.exists() and path.resolve().parent in originals))
-        used.add(place(target))
-        return target
-
-    try:
-        results = predict_photos([file for file, _ in images], model, args.crops)
-        with tqdm(total=len(images), unit="photo", leave=False, disable=None if len(images) > 1 else True) as bar:
-            for (file, relative), result in zip(images, results):
-                with bar.external_write_mode(sys.stdout):
-                    for line in as_json(result, model.classes):
-                        if args.json:
-                            print(json_line(line), flush=True)
-                        elif "error" in line:
-                            print(plain(f"{line['source']}  {line['error']}"))
-                        else:
-                            print(plain(f"{line['source']}  face {line['face']}  {line['label']}  {line['probability']:.1%}"))
-                failed |= result.error.startswith("unreadable") and file in args.inputs
-                photos += not result.error
-                faces += len(result.faces)
-                if args.save:
-                    target = None
-                    if not result.error.startswith("unreadable"):
-                        target = unused(relative, ".jpg")
-                        save_jpeg(annotate(read_photo(result.source), result.faces, result.probabilities, model.classes), target)
-                    cards.append(Card(result.source, target and target.relative_to(args.save), list(result.probabilities), result.error))
-                bar.update()
-        for file, relative in videos:
-            target, labels, error = None, Counter(), ""
-            try:
-                capture = open_video(file)
-            except OSError as problem:
-                error = f"unreadable: {problem.strerror or problem}"
-            else:
-                target = unused(relative, ".mp4") if args.save else None
-                labels = run_video(capture, file, model, args.json, target)
-                if not labels:
-                    target, error = None, "unreadable: not one frame can be decoded"
-            failed |= bool(error) and file in args.inputs
-            if args.json and error:
-                print(json_line({"source": str(file), "face": None, "error": error}), flush=True)
-            elif not args.json:
-                print(plain(f"{file}  {error or shares(labels)}"))
-            rows = [[labels[name] / labels.total() for name in model.classes]] if any(labels[name] for name in model.classes) else []
-            cards.append(Card(file, target and target.relative_to(args.save), rows, error or ("" if rows else "no face found")))
-    finally:  # a page of what was done before Ctrl-C
-        if args.save:
-            write_file(args.save / "index.html", gallery(cards, model.classes).encode())
-    if not args.json:
-        done = [f"{faces} face{'s' * (faces != 1)} in {photos} of {len(images)} photo{'s' * (len(images) != 1)}"] if images else []
-        done += [f"{sum(not card.error for card in cards if is_video(card.source))} of {len(videos)} videos have faces"] if len(videos) > 1 else []
-        done += [f"annotated copies in {args.save}, look at {args.save / 'index.html'}"] if args.save else []
-        if done:
-            print(plain("; ".join(done)))
-    if failed:  # its line says why; in a folder, other files than photos are to be expected
-        sys.exit(1)
+        sys.exit(f"error: {printable(str(error))}")
 
 
 if __name__ == "__main__":

@@ -826,10 +826,11 @@ class Run:
         self.epoch, self.last, self.best = scores["epoch"], scores, scores if better else self.best
         keep = better or self.settings["keep"] == "last"
         # copies: a state_dict refers to the tensors that training changes
-        model, average = copy.deepcopy(learner.net.state_dict()), None
-        if learner.average:
-            average = copy.deepcopy(learner.average.state_dict())
-        judged = {key[7:]: value for key, value in average.items() if key[:7] == "module."} if average else model
+        model = copy.deepcopy(learner.net.state_dict())
+        average = copy.deepcopy(learner.average.state_dict()) if learner.average else None
+        judged = model
+        if average:
+            judged = {key[7:]: value for key, value in average.items() if key.startswith("module.")}
         self.state = {
             "kept": judged if keep else self.state["kept"],  # for model.pt
             "calibration": calibrate(logits, labels) if keep else self.state["calibration"],

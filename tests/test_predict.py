@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wcwidth import wcswidth
 
 from net import load_model, save_model, simpleconv3
 from predict import annotate, evaluate, main, predict_photos
@@ -132,6 +133,8 @@ def test_evaluate_prints_a_table_or_one_object(inside, model, photos, tmp_path):
     Image.new("RGB", (200, 200), "green").save(photos / "0none" / "meadow.jpg")
     out = inside("predict.py", "--evaluate", "data/raw").stdout
     assert "precision" in out and "balanced accuracy" in out and "on 24 images; 1 without a face" in out
+    for table in out.split("\n\n")[:2]:  # columns end at the same place, whatever a name's letters take
+        assert "张嘴" in table and len({wcswidth(line) for line in table.split("\n")}) == 1
     scores = json.loads(inside("predict.py", "--evaluate", "data/raw", "--json", "--save", "seen").stdout)
     against = scores["contradicted"]
     assert len(against) == 24 - round(24 * scores["accuracy"]) > 0
