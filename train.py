@@ -803,7 +803,7 @@ class Run:
         self.epoch = 0  # epochs done
         self.seconds = 0.0
         self.best = self.last = self.state = None
-        self.saved_at = -SAVE_SECONDS
+        self.saved_epoch, self.saved_at = None, -SAVE_SECONDS
         name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.recipe}"
         # two runs may begin within a second
         places = (args.logs / (f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
@@ -868,8 +868,8 @@ class Run:
         float(self.best["val_acc"] + self.last["val_acc"] + state["calibration"]["temperature"])
 
     def save(self):
-        """Write models/checkpoint.pt, model.pt and model.json, if an epoch has ended."""
-        if not self.state:
+        """Write models/checkpoint.pt, model.pt and model.json, if an epoch has ended since the last time."""
+        if not self.state or self.saved_epoch == self.epoch:
             return
         checkpoint = io.BytesIO()
         torch.save(self.state, checkpoint)
@@ -882,7 +882,7 @@ class Run:
             best=self.best, last=self.last, images=self.sizes, settings=self.settings,
             seconds=round(self.seconds, 1), torch=torch.__version__,
             command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=str(self.log_dir))
-        self.saved_at = time.perf_counter()
+        self.saved_epoch, self.saved_at = self.epoch, time.perf_counter()
 
 
 def read_checkpoint(path):
