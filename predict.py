@@ -66,9 +66,11 @@ BATCH = 32  # photos whose faces go through the network together
 NO_FACE = "no face found"  # the error of a photo that is readable
 
 VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+PICTURES = {cv2.VideoWriter_fourcc(*code) for code in ("MJPG", "MPNG")}  # codecs of a song's cover
 SEARCH_EVERY = 6  # frames of a video; in between, known faces are followed
 SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in a video
 PATIENCE = 15  # frames for which a face that is out of sight keeps its number
+MOST_REPEATS = 100  # copies of a frame in an annotated video: time stamps may be hours apart by mistake
 LEAD = 0.1  # by which a label must beat the one printed before to be a change
 
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
@@ -266,7 +268,7 @@ def predict_video(capture, model):
 
 def frames_of(capture):
     """Seconds since the first frame, and frame (uint8, H x W x 3, RGB), for all that can be decoded."""
-    start = None
+    start = last = None
     while True:
         ok, frame = capture.read()
         if not ok:
@@ -274,8 +276,8 @@ def frames_of(capture):
         # cameras stamp their frames in ways of their own
         stamped = capture.getBackendName() == "FFMPEG"
         now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if stamped else time.perf_counter()
-        start = now if start is None else start
-        yield now - start, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        start, last = (now, now) if start is None else (start, max(now, last))  # some have no stamp
+        yield last - start, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
 def same_face(a, b):
@@ -298,7 +300,8 @@ def open_video(source):
         with open(source, "rb") as file:  # OpenCV would not say that it is missing or closed to us
             if not file.read(1):
                 raise OSError("an empty file")
-        capture, why = cv2.VideoCapture(str(source)), "not a video that OpenCV can decode"
+        # a whole path: FFmpeg takes 12:30.mp4 for an address
+        capture, why = cv2.VideoCapture(str(Path(source).resolve())), "not a video that OpenCV can decode"
     else:
         capture, why = cv2.VideoCapture(source), "no such file or address"
     if not capture.isOpened():
@@ -306,29 +309,109 @@ def open_video(source):
     return capture
 
 
-@contextlib.contextmanager
-def video_writer(target, rate, size):
-    """A function that takes frames (uint8, H x W x 3, RGB); in the end `target` is whole, or not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.mp4")
-    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
-    frames = 0
+def promised_length(capture):
+    """How many frames and how many seconds a video says that it has; 0 where it does not say."""
+    rate, frames = capture.get(cv2.CAP_PROP_FPS), max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    return int(frames), frames / rate if rate > 0 else 0.0
 
-    def write(frame):
-        nonlocal frames
-        frames += 1
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
-    try:
-        yield write
-        writer.release()
+def is_cut(capture, frames, last):
+    """Whether a video ended, after so many frames, the last at `last` s, far before it said that it would."""
+    if frames == 1 and int(capture.get(cv2.CAP_PROP_FOURCC)) in PICTURES:
+        return False  # a cover, which lasts as long as the song
+    promised, seconds = promised_length(capture)  # formats that store no number of frames promise an estimate
+    return frames < 0.9 * promised and last < 0.9 * seconds
+
+
+class NotWritten(OSError):
+    """An annotated copy of a video cannot be written."""
+
+
+class VideoCopy:
+    """An annotated copy of a video, without sound, as long as the original: frames keep their times.
+
+    Nothing is at `target` before `finish`.
+
+    Parameters
+    ----------
+    source, target : Path
+    seconds : float
+        How long the video says that it is.
+    """
+
+    def __init__(self, source, target, seconds):
+        self.target, self.seconds = target, seconds
+        self.temporary = target.resolve().with_name(f".{secrets.token_hex(8)}.mp4")
+        self.rate = copy_rate(frame_times(source), seconds)
+        self.writer = self.picture = None
+        self.written = 0
+
+    def add(self, frame, seconds):
+        """Add a frame (uint8, H x W x 3, RGB) and its time; what came before it lasts until then."""
+        if not self.writer:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            height, width = frame.shape[:2]
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            self.writer = cv2.VideoWriter(str(self.temporary), code, self.rate, (width, height))
+            if not self.writer.isOpened():
+                what = f"{width} x {height} at {self.rate} frames a second"
+                raise NotWritten(f"{self.target} cannot be written, {what}")
+        self._repeat_until(seconds)
+        self.picture = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+        if self.written <= seconds * self.rate + 1:  # or it comes faster than the copy can show
+            self._write()
+
+    def finish(self, whole):
+        """Put the copy at `target`; if the video is `whole`, its last frame lasts until its end."""
+        if whole:
+            self._repeat_until(self.seconds)
+        self.writer.release()
         # OpenCV says nothing when the disk is full
-        if cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != frames:
-            raise OSError(f"{target}: could not be written; is there room on the disk?")
-        temporary.replace(target)
-    finally:
-        writer.release()
-        temporary.unlink(missing_ok=True)
+        if cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != self.written:
+            raise NotWritten(f"{self.target} could not be written; is there room on the disk?")
+        self.temporary.replace(self.target)
+
+    def close(self):
+        if self.writer:
+            self.writer.release()
+        self.temporary.unlink(missing_ok=True)
+
+    def _repeat_until(self, seconds):
+        while self.picture is not None and self.written < seconds * self.rate - 1:
+            self._write()
+
+    def _write(self):
+        self.writer.write(self.picture)
+        self.written += 1
+
+
+def frame_times(path):
+    """The times in seconds at which a video file shows its frames, sorted, read without decoding it."""
+    capture = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+    times = set()
+    while capture.grab():
+        times.add(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    return sorted(times)
+
+
+def copy_rate(times, seconds):
+    """Frames a second of a video's copy: its mean rate where that is steady, or else that of its quick parts.
+
+    Parameters
+    ----------
+    times : list of float
+        As `frame_times` returns them.
+    seconds : float
+        How long the video says that it is.
+    """
+    if len(times) < 2:
+        return 25
+    gaps = np.diff(times)
+    mean, quick = 1 / gaps.mean(), 1 / np.percentile(gaps, 10)
+    rate = mean if quick < 1.5 * mean else max(mean, min(quick, 60))
+    rate = min(rate, MOST_REPEATS * len(times) / max(seconds, times[-1] - times[0]))
+    # MPEG-4 divides a second into at most 65,535 parts: 239.977 frames are more than it can hold
+    return round(rate, 3 if rate < 65 else 2 if rate < 650 else 1)
 
 
 class Changes:
@@ -381,34 +464,37 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
 
     Raises
     ------
-    OSError
+    NotWritten
         The copy cannot be written.
     """
-    rate, promised = capture.get(cv2.CAP_PROP_FPS), int(max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    promised, seconds = promised_length(capture)
     torch.set_num_threads(1)  # of one crop at a time, more threads only make each other wait
     labels, changes, n = Counter(), Changes(source), 0
     with contextlib.ExitStack() as stack:
         stack.callback(capture.release)
+        copy = VideoCopy(source, target, seconds) if target else None
+        if copy:
+            stack.callback(copy.close)
         quiet = True if window else None
         bar = stack.enter_context(tqdm(total=promised or None, unit="frame", leave=False, disable=quiet))
-        for n, moment in enumerate(predict_video(capture, model), 1):
+        for moment in predict_video(capture, model):
+            n += 1
             result = Result(source, moment.faces, moment.probabilities, "" if moment.faces else NO_FACE)
             found = as_json(result, model.classes, moment.numbers, time=round(moment.time, 3))
             labels.update(one.get("label", "") for one in found)
             faces = found if moment.faces else []
             for line in map(json_line, found) if as_lines else changes.lines(moment.time, faces):
                 tqdm.write(line)
-            if target:
-                if n == 1:
-                    height, width = moment.frame.shape[:2]
-                    rate = rate if 0 < rate < 1000 else 25
-                    write = stack.enter_context(video_writer(target, rate, (width, height)))
+            if copy:
                 picture = annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0)
-                write(np.asarray(picture))
+                copy.add(np.asarray(picture), moment.time)
             bar.update()
             if window and not window.show(moment, model.classes):
                 return labels
-    if 0 < n < 0.9 * promised:  # formats that store no count promise an estimate
+        cut = n and is_cut(capture, n, moment.time)
+        if copy and n:
+            copy.finish(not cut)
+    if cut:
         text = printable(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded")
         print(text, file=sys.stderr if as_lines else sys.stdout)
     return labels
@@ -424,9 +510,12 @@ def print_videos(files, model, args, copies):
             error = f"unreadable: {problem.strerror or problem}"
         else:
             copy = copies.name(relative, ".mp4") if copies else None
-            labels = run_video(capture, file, model, args.json, copy and copies.folder / copy)
-            if not labels:
-                copy, error = None, "unreadable: not one frame can be decoded"
+            try:
+                labels = run_video(capture, file, model, args.json, copy and copies.folder / copy)
+                error = "" if labels else "unreadable: not one frame can be decoded"
+            except NotWritten as problem:
+                error = str(problem)
+            copy = None if error else copy
         if not args.json:
             shares = (f"{label or 'no face'} {n / labels.total():.0%}" for label, n in labels.most_common())
             print(printable(f"{file}  {error or ', '.join(shares)}"))
@@ -894,8 +983,10 @@ def print_inputs(args, model):
             write_file(copies.page, gallery(sum(cards, []), model.classes).encode())
     if not args.json:
         print_summary(*cards, copies)
-    if any(card.error not in ("", NO_FACE) and card.source in args.inputs for card in sum(cards, [])):
-        sys.exit(1)  # its line says why; in a folder, other files than photos are to be expected
+    failed = [card for card in sum(cards, []) if card.error not in ("", NO_FACE)]
+    # their lines say why; in a folder, files that cannot be read are to be expected
+    if any(card.source in args.inputs or not card.error.startswith("unreadable") for card in failed):
+        sys.exit(1)
 
 
 def print_summary(photos, videos, copies):

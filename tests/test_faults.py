@@ -1,4 +1,4 @@
-"""Nothing lost, nothing trusted: broken photos, kills, full disks, two runs at once. README.md here has the table."""
+"""Nothing lost, nothing trusted: broken photos, kills, full disks, two at once. README.md has the table."""
 
 import contextlib
 import copy
@@ -25,15 +25,15 @@ import zipfile
 from pathlib import Path
 
 import cv2
+import hostile
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import hostile
 import preprocess_lips
-from conftest import ROOT
 from preprocess_lips import (
     COLUMNS,
     MAX_MEMORY,
@@ -75,7 +75,12 @@ def command(script, *args):
 
 def files_in(*folders):
     """Content of all files but lock files: dict of path to bytes. Fails on leftovers of killed runs."""
-    found = {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    found = {
+        path: path.read_bytes()
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     assert not [path for path in found if path.match(TEMPORARY)]
     return found
 
@@ -90,11 +95,22 @@ def test_hostile_photos_each_get_their_status_and_no_more_memory_than_allowed(tm
     # measured from a small process: one that this large one starts would be counted as large
     measure = ("import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)")
-    done = subprocess.run([sys.executable, "-c", measure, *command("preprocess_lips.py", folder.parent, "crops", "--workers", "2")],
-                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            measure,
+            *command("preprocess_lips.py", folder.parent, "crops", "--workers", "2"),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     out = done.stdout.decode()
     peak = int(out.split()[-1])
-    assert done.returncode == 0 and "Traceback" not in out and "Warning" not in out and "Decode" not in out, out
+    assert done.returncode == 0 and "Traceback" not in out and "Warning" not in out and "Decode" not in out, (
+        out
+    )
     got = {source.removeprefix("a/"): row["status"] for source, row in rows_of(tmp_path / "crops").items()}
     assert {name: status for name, status in got.items() if status not in expected[name]} == {}
     assert set(got) == set(expected)
@@ -105,9 +121,17 @@ def test_hostile_photos_each_get_their_status_and_no_more_memory_than_allowed(tm
 
 
 @posix
-@pytest.mark.parametrize("what, why", [("pipe.jpg", "not a regular file"), ("device.jpg", "not a regular file"), ("ten gigabytes.jpg", "larger than 480 MB"),
-                                       ("bomb that keeps its word.png", "11504 x 11504 pixels"), ("bomb under Pillow's limit.png", "13000 x 13000 pixels"),
-                                       ("page.jpg", "no image, or of a kind that Pillow does not know")])
+@pytest.mark.parametrize(
+    "what, why",
+    [
+        ("pipe.jpg", "not a regular file"),
+        ("device.jpg", "not a regular file"),
+        ("ten gigabytes.jpg", "larger than 480 MB"),
+        ("bomb that keeps its word.png", "11504 x 11504 pixels"),
+        ("bomb under Pillow's limit.png", "13000 x 13000 pixels"),
+        ("page.jpg", "no image, or of a kind that Pillow does not know"),
+    ],
+)
 def test_readers_of_single_photos_refuse_them_too(corpus, cropper, what, why):
     path = corpus[0] / what
     if what == "pipe.jpg":  # whoever opens it reads nothing, instead of waiting for ever
@@ -126,7 +150,10 @@ def test_levels_that_are_no_numbers_become_levels(corpus, name):
 @linux
 def test_no_more_is_read_of_a_file_than_allowed_whatever_size_it_claims(monkeypatch):
     monkeypatch.setattr(preprocess_lips, "MAX_BYTES", 100)
-    assert os.stat("/proc/self/status").st_size == 0 and len(preprocess_lips.read_file("/proc/self/status")) == 100
+    assert (
+        os.stat("/proc/self/status").st_size == 0
+        and len(preprocess_lips.read_file("/proc/self/status")) == 100
+    )
 
 
 @posix
@@ -137,9 +164,25 @@ def test_photos_that_are_programs_are_not_run(tmp_path, shell):
     (tmp_path / "bin" / "gs").chmod(0o755)
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "a" / "face.jpg").write_bytes(hostile.GHOSTSCRIPT)
-    shell("preprocess_lips.py", "photos", "crops", "--workers", 1, env={"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}, check=1)
-    assert rows_of(tmp_path / "crops")["a/face.jpg"]["status"] == "unreadable" and not (tmp_path / "run").exists()
-    shell("split_train_val.py", "photos", "data", env={"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"})
+    shell(
+        "preprocess_lips.py",
+        "photos",
+        "crops",
+        "--workers",
+        1,
+        env={"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+        check=1,
+    )
+    assert (
+        rows_of(tmp_path / "crops")["a/face.jpg"]["status"] == "unreadable"
+        and not (tmp_path / "run").exists()
+    )
+    shell(
+        "split_train_val.py",
+        "photos",
+        "data",
+        env={"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -152,20 +195,34 @@ def test_the_largest_photos_stay_within_the_memory_of_a_worker(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     photos = {
-        "rgb.png": lambda: hostile.encode(red, "PNG", compress_level=1), "turned.png": lambda: hostile.encode(red, "PNG", compress_level=1, exif=exif),
-        "rgba.png": lambda: hostile.encode(red, "PNG", "RGBA", compress_level=1), "progressive.jpg": lambda: hostile.encode(red, "JPEG", progressive=True),
-        "16 bit.png": lambda: hostile.encode(Image.fromarray(np.full((side, side), 3000, np.uint16)), "PNG", "I;16", compress_level=1),
-        "webp": lambda: hostile.encode(red, "WEBP", "RGBA", lossless=True, quality=0, method=0), "gif": lambda: hostile.encode(red, "GIF", "P"),
-        "rgb.tif": lambda: hostile.encode(red, "TIFF"), "rgba.tif": lambda: hostile.encode(red, "TIFF", "RGBA")}
+        "rgb.png": lambda: hostile.encode(red, "PNG", compress_level=1),
+        "turned.png": lambda: hostile.encode(red, "PNG", compress_level=1, exif=exif),
+        "rgba.png": lambda: hostile.encode(red, "PNG", "RGBA", compress_level=1),
+        "progressive.jpg": lambda: hostile.encode(red, "JPEG", progressive=True),
+        "16 bit.png": lambda: hostile.encode(
+            Image.fromarray(np.full((side, side), 3000, np.uint16)), "PNG", "I;16", compress_level=1
+        ),
+        "webp": lambda: hostile.encode(red, "WEBP", "RGBA", lossless=True, quality=0, method=0),
+        "gif": lambda: hostile.encode(red, "GIF", "P"),
+        "rgb.tif": lambda: hostile.encode(red, "TIFF"),
+        "rgba.tif": lambda: hostile.encode(red, "TIFF", "RGBA"),
+    }
     (tmp_path / "photos" / "a").mkdir(parents=True)
     for name, make in photos.items():
         (tmp_path / "photos" / "a" / name).write_bytes(make())
-    with subprocess.Popen(command("preprocess_lips.py", tmp_path / "photos", tmp_path / "crops", "--workers", "1"), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command("preprocess_lips.py", tmp_path / "photos", tmp_path / "crops", "--workers", "1"),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         err = process.stderr.read()
         _, _, usage = os.wait4(process.pid, 0)
     status = {Path(source).name: row["status"] for source, row in rows_of(tmp_path / "crops").items()}
     assert "not one photo gave a mouth" in err and set(status.values()) <= {"no_face", "unreadable"}
-    assert {name for name, s in status.items() if s == "unreadable"} <= {"webp", "rgba.tif"}  # decoders that hold several copies
+    assert {name for name, s in status.items() if s == "unreadable"} <= {
+        "webp",
+        "rgba.tif",
+    }  # decoders that hold several copies
     print(status, usage.ru_maxrss // 1024, "MiB")
     assert usage.ru_maxrss * 1024 < MAX_MEMORY + 500e6
 
@@ -174,9 +231,11 @@ REAL_WORK, REAL_DECODE = preprocess_lips.work, preprocess_lips._decode
 
 
 def decode(source, least=None):
-    """As `_decode`, but one photo does not let Python in for a long time, and two make it ask for all the memory there may be."""
+    """As `_decode`, but one photo keeps Python out for a long time, and two ask for all the memory."""
     if source.endswith(b"for ever"):
-        re.match(r"(a+)+$", "a" * 29 + "b")  # 20 seconds, ten times what is allowed below: a test that fails is better than one that hangs
+        re.match(
+            r"(a+)+$", "a" * 29 + "b"
+        )  # 20 seconds, ten times what is allowed below: a test that fails is better than one that hangs
     if source.endswith(b"too much"):
         np.empty(MAX_MEMORY, np.uint8)
     if source.endswith(b"too much for OpenCV"):
@@ -208,7 +267,9 @@ def test_photos_that_take_for_ever_or_too_much_memory_cost_only_themselves(photo
     monkeypatch.setattr(preprocess_lips, "write_file", write_slowly)
     monkeypatch.setattr(preprocess_lips, "MAX_SECONDS", 2)
     rows, new, _ = preprocess(photos, tmp_path / "crops", 2)
-    assert {row["source"]: row["status"] for row in rows if row["status"] != "ok"} == dict.fromkeys(bad, "unreadable") and new == 24
+    assert {row["source"]: row["status"] for row in rows if row["status"] != "ok"} == dict.fromkeys(
+        bad, "unreadable"
+    ) and new == 24
     monkeypatch.undo()
     assert preprocess(photos, tmp_path / "crops", 2)[1] == 0  # it is remembered: a rerun does not hang again
 
@@ -248,7 +309,9 @@ def bind():
     """Root goes without the rights to read and write what permissions forbid."""
     if os.getuid() == 0:
         prctl = ctypes.CDLL(None).prctl
-        assert not any(prctl(24, right, 0, 0, 0) for right in (1, 2))  # PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+        assert not any(
+            prctl(24, right, 0, 0, 0) for right in (1, 2)
+        )  # PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
 
 
 @pytest.fixture
@@ -257,7 +320,14 @@ def permitted(tmp_path):
 
     def run(script, *args, check=0):
         try:
-            done = subprocess.run(command(script, *args), cwd=tmp_path, env=os.environ | {"HOME": "/nonexistent"}, preexec_fn=bind, capture_output=True, text=True)
+            done = subprocess.run(
+                command(script, *args),
+                cwd=tmp_path,
+                env=os.environ | {"HOME": "/nonexistent"},
+                preexec_fn=bind,
+                capture_output=True,
+                text=True,
+            )
         except subprocess.SubprocessError:
             pytest.skip("permissions do not bind this user")
         assert done.returncode == check, done.stdout + done.stderr
@@ -286,11 +356,15 @@ def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(permitted, tmp
     for path in closed:
         path.chmod(0o700)
     permitted("preprocess_lips.py", "photos", "crops")
-    assert sorted(row["status"] for row in rows_of(tmp_path / "crops").values()) == ["duplicate", "duplicate", "ok"]
+    assert sorted(row["status"] for row in rows_of(tmp_path / "crops").values()) == [
+        "duplicate",
+        "duplicate",
+        "ok",
+    ]
 
 
 def test_heic_photos_name_the_package_that_reads_them_and_are_tried_again_with_it(shell, tmp_path, face):
-    from net import save_model, simpleconv3  # here, because the processes that other tests start import this file
+    from net import save_model, simpleconv3  # here: processes that other tests start import this file
 
     pillow_heif = pytest.importorskip("pillow_heif")
     folder = tmp_path / "photos" / "a"
@@ -300,27 +374,46 @@ def test_heic_photos_name_the_package_that_reads_them_and_are_tried_again_with_i
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "pillow_heif.py").write_text("raise ImportError")
     without = {"PYTHONPATH": str(tmp_path / "without")}
-    assert "1 of the unreadable ones are HEIC, which 'pip install pillow-heif'" in shell("preprocess_lips.py", "photos", "crops", env=without).stdout
+    said = shell("preprocess_lips.py", "photos", "crops", env=without).stdout
+    assert "1 of the unreadable ones are HEIC, which 'pip install pillow-heif'" in said
     save_model(simpleconv3(4), tmp_path / "models" / "model.pt")
     assert "unreadable: HEIC; 'pip install pillow-heif'" in shell("predict.py", folder, env=without).stdout
     assert shell("preprocess_lips.py", "photos", "crops").stdout.count("HEIC") == 0
-    assert {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()} == {"a/IMG_0001.HEIC": "ok", "a/usual.png": "ok"}
+    status = {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()}
+    assert status == {"a/IMG_0001.HEIC": "ok", "a/usual.png": "ok"}
     assert "IMG_0001.HEIC  face 1" in shell("predict.py", folder).stdout
     (folder / "IMG_0001.HEIC").write_bytes((folder / "IMG_0001.HEIC").read_bytes()[:200])
     assert "pip" not in (said := shell("predict.py", folder).stdout) and "IMG_0001.HEIC  unreadable" in said
 
 
 @posix
-@pytest.mark.parametrize("env", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "cp1252"},
+    ],
+)
 def test_names_of_all_alphabets_pass_through_poor_terminals_and_missing_homes(tmp_path, face, env):
     folder = tmp_path / "脸" / "嘴\x1b[31m唇\n\x07"
     folder.mkdir(parents=True)
     for i in range(2):
         face.rotate(i).save(folder / f"微笑 {i}.png")
     gone = ["没有\x1b[31m"]
-    for script, args in (("preprocess_lips.py", ["脸", "裁剪"]), ("split_train_val.py", ["裁剪", "数据"]), ("preprocess_lips.py", gone), ("split_train_val.py", gone)):
-        done = subprocess.run(command(script, *args), cwd=tmp_path, capture_output=True,
-                              env={key: value for key, value in os.environ.items() if key not in ("HOME", "LANG", "LC_ALL")} | env)
+    for script, args in (
+        ("preprocess_lips.py", ["脸", "裁剪"]),
+        ("split_train_val.py", ["裁剪", "数据"]),
+        ("preprocess_lips.py", gone),
+        ("split_train_val.py", gone),
+    ):
+        done = subprocess.run(
+            command(script, *args),
+            cwd=tmp_path,
+            capture_output=True,
+            env={key: value for key, value in os.environ.items() if key not in ("HOME", "LANG", "LC_ALL")}
+            | env,
+        )
         out = done.stdout + done.stderr
         assert done.returncode == (args == gone) and b"Traceback" not in out, out
         assert not set(out) & set(b"\x1b\x07"), out
@@ -345,7 +438,9 @@ def test_what_is_printed_steers_no_terminal(text):
 # --- CSV
 
 
-cells = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@\t\r\n'\",;\udcff\udc80 0"), max_size=12)
+cells = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@\t\r\n'\",;\udcff\udc80 0"), max_size=12
+)
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +458,9 @@ def test_csv_files_come_back_as_they_were_and_hold_no_formulas(csv_file, rows):
     assert read_csv(path) == rows
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         for row in csv.reader(file):
-            assert not any(re.match(r"[=+\-@\t\r\n]", cell) for cell in row if not re.fullmatch(r"-[-\d ]+", cell))
+            assert not any(
+                re.match(r"[=+\-@\t\r\n]", cell) for cell in row if not re.fullmatch(r"-[-\d ]+", cell)
+            )
 
 
 def test_boxes_with_negative_edges_stay_numbers(tmp_path):
@@ -376,33 +473,85 @@ def test_records_from_others_remove_nothing_that_is_not_ours(photos, tmp_path):
     import split_train_val
 
     crops, data = tmp_path / "data" / "lips", tmp_path / "data"
-    mine = [tmp_path / "mine.jpg", data / "m.jpg", data / ".._mine.jpg", crops / "_mine.jpg", crops / "0none" / "mine.jpg"]
+    mine = [
+        tmp_path / "mine.jpg",
+        data / "m.jpg",
+        data / ".._mine.jpg",
+        crops / "_mine.jpg",
+        crops / "0none" / "mine.jpg",
+    ]
     for folder in (crops / "0none" / "0none_", data / "train" / "0none"):
         folder.mkdir(parents=True)
     for path in mine:
         path.write_text("mine")
     base = dict.fromkeys(COLUMNS, "") | {"status": "ok", "source": "gone.png"}
     about = (photos / "0none" / "s01_1.png").stat()
-    write_csv(crops / "manifest.csv", COLUMNS, [
-        *(base | {"class": label, "sha1": sha1, "crop": crop} for label, sha1, crop in (
-            ("..", "mine", "../mine.jpg"), ("..", "mine", ".._mine.jpg"), ("", "mine", "_mine.jpg"), ("0none", "mine", "mine.jpg"),
-            ("0none", "/../../../m", "0none_/../../../m.jpg"), (str(tmp_path), "mine", "mine.jpg"))),
-        base | {"source": "0none/s01_1.png", "class": "0none", "crop": "../../m.jpg", "sha1": "m", "bytes": about.st_size, "mtime_ns": about.st_mtime_ns}])
+    write_csv(
+        crops / "manifest.csv",
+        COLUMNS,
+        [
+            *(
+                base | {"class": label, "sha1": sha1, "crop": crop}
+                for label, sha1, crop in (
+                    ("..", "mine", "../mine.jpg"),
+                    ("..", "mine", ".._mine.jpg"),
+                    ("", "mine", "_mine.jpg"),
+                    ("0none", "mine", "mine.jpg"),
+                    ("0none", "/../../../m", "0none_/../../../m.jpg"),
+                    (str(tmp_path), "mine", "mine.jpg"),
+                )
+            ),
+            base
+            | {
+                "source": "0none/s01_1.png",
+                "class": "0none",
+                "crop": "../../m.jpg",
+                "sha1": "m",
+                "bytes": about.st_size,
+                "mtime_ns": about.st_mtime_ns,
+            },
+        ],
+    )
     preprocess_lips.main([str(photos), str(crops), "--workers", "1"])
-    write_csv(data / "split.csv", split_train_val.COLUMNS, [
-        {"part": part, "class": label, "file": name, "group": "g", "draw": "d"} for part, label, name in (
-            ("..", "data", "m.jpg"), ("train", "..", "m.jpg"), ("train", "0none", "../../m.jpg"), ("train", "0none", ""), ("val", str(tmp_path), "mine.jpg"))])
+    write_csv(
+        data / "split.csv",
+        split_train_val.COLUMNS,
+        [
+            {"part": part, "class": label, "file": name, "group": "g", "draw": "d"}
+            for part, label, name in (
+                ("..", "data", "m.jpg"),
+                ("train", "..", "m.jpg"),
+                ("train", "0none", "../../m.jpg"),
+                ("train", "0none", ""),
+                ("val", str(tmp_path), "mine.jpg"),
+            )
+        ],
+    )
     split_train_val.main([str(crops), str(data)])
     assert all(path.read_text() == "mine" for path in mine)
 
 
 def test_a_record_that_cannot_be_read_at_all_is_one_line(photos, tmp_path):
     (tmp_path / "manifest.csv").write_bytes(b"a" * 200_000)
-    with pytest.raises(SystemExit, match=r"^error: .*manifest.csv: not a CSV file [^\n]*; remove it and run the same command again$"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^error: .*manifest.csv: not a CSV file [^\n]*; remove it and run the same command again$",
+    ):
         preprocess_lips.main([str(photos), str(tmp_path)])
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\xff\xfe", b"source\n", b"status,class\nok\n", b'"', b"source,class,status\n" + b"a," * 9000, "嘴,".encode("utf-16")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0\xff\xfe",
+        b"source\n",
+        b"status,class\nok\n",
+        b'"',
+        b"source,class,status\n" + b"a," * 9000,
+        "嘴,".encode("utf-16"),
+    ],
+)
 def test_a_damaged_record_stops_nothing(photos, tmp_path, content):
     crops = tmp_path / "crops"
     crops.mkdir()
@@ -446,14 +595,25 @@ def fuzz(n, seed, files, report):
         slowest = max(slowest, time.perf_counter() - began)
     faulthandler.cancel_dump_traceback_later()
     # not getrusage: that of a process which a larger one started begins with the larger one's
-    peak = next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")) if sys.platform == "linux" else 0
-    Path(report).write_text(json.dumps(counts | {"seconds": round(time.perf_counter() - start), "slowest": round(slowest, 2), "peak MiB": peak}))
+    peak = (
+        next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        if sys.platform == "linux"
+        else 0
+    )
+    Path(report).write_text(
+        json.dumps(
+            counts
+            | {"seconds": round(time.perf_counter() - start), "slowest": round(slowest, 2), "peak MiB": peak}
+        )
+    )
 
 
 @posix
 @pytest.mark.parametrize("n", [300, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_mutated_photos_crash_nothing(tmp_path, face, n):
-    process = multiprocessing.get_context("spawn").Process(target=fuzz, args=(n, n, hostile.seeds(face), str(tmp_path / "report.json")))
+    process = multiprocessing.get_context("spawn").Process(
+        target=fuzz, args=(n, n, hostile.seeds(face), str(tmp_path / "report.json"))
+    )
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -515,6 +675,7 @@ def test_archives_whose_entries_share_their_bytes_are_refused(tmp_path):
 
 def test_endless_names_in_a_model_do_not_fill_the_screen(tmp_path):
     import torch
+
     from net import load_model, simpleconv3
 
     torch.save(simpleconv3(4).state_dict() | {"x" * 1_000_000: torch.zeros(1)}, tmp_path / "model.pt")
@@ -535,6 +696,7 @@ class Code:
 
 def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_says(mouths, tmp_path, monkeypatch):
     import torch
+
     import train
 
     monkeypatch.chdir(tmp_path)
@@ -591,6 +753,7 @@ def test_names_of_classes_and_images_steer_no_terminal_in_training(mouths, tmp_p
 
 def test_names_that_cannot_be_drawn_or_encoded_have_a_place_in_pictures_and_pages():
     import torch
+
     from predict import Card, gallery
     from train import draw_matrix
 
@@ -607,8 +770,10 @@ import os, signal, sys
 left, folder = int(os.environ["KILL_AFTER"]), os.environ["KILL_IN"]
 def hook(event, args):
     global left
-    if event in ("open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "shutil.copyfile", "shutil.copystat"):
-        if any(isinstance(a, (str, bytes, os.PathLike)) and os.fsdecode(a).startswith(folder) for a in args[:2]):
+    if event in ("open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "shutil.copyfile",
+                 "shutil.copystat"):
+        names = [os.fsdecode(a) for a in args[:2] if isinstance(a, (str, bytes, os.PathLike))]
+        if any(name.startswith(folder) for name in names):
             left -= 1
             if left < 0:
                 os.killpg(0, signal.SIGKILL)
@@ -618,7 +783,7 @@ sys.addaudithook(hook)
 
 @pytest.fixture
 def killed(tmp_path):
-    """Runs a command and kills it with all its processes, like a battery at its end: at the n-th touch of a file or after a time.
+    """Runs a command and kills it with all its processes, at the n-th touch of a file or after a time.
 
     Returns whether it was killed before it was done.
     """
@@ -628,8 +793,19 @@ def killed(tmp_path):
     def run(args, touches=None, seconds=None):
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         if touches is not None:
-            env |= {"PYTHONPATH": str(tmp_path / "killer"), "KILL_AFTER": str(touches), "KILL_IN": str(tmp_path / "work")}
-        process = subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            env |= {
+                "PYTHONPATH": str(tmp_path / "killer"),
+                "KILL_AFTER": str(touches),
+                "KILL_IN": str(tmp_path / "work"),
+            }
+        process = subprocess.Popen(
+            args,
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -652,21 +828,33 @@ kills = pytest.mark.parametrize("n", [3, pytest.param(34, marks=pytest.mark.slow
 
 @posix
 @kills
-def test_preprocessing_killed_anywhere_loses_nothing_and_ends_with_the_same_bytes(photos, tmp_path, killed, n):
+def test_preprocessing_killed_anywhere_loses_nothing_and_ends_with_the_same_bytes(
+    photos, tmp_path, killed, n
+):
     for path in sorted(photos.glob("*/*"))[::2]:
         path.unlink()
     shutil.copy(photos / "0none" / sorted(os.listdir(photos / "0none"))[0], photos / "2smile")
     crops, args = tmp_path / "work" / "crops", ["--workers", "1"]
     preprocess_lips.main([str(photos), str(tmp_path / "reference"), *args])
-    reference = {path.relative_to(tmp_path / "reference"): data for path, data in files_in(tmp_path / "reference").items()}
+    reference = {
+        path.relative_to(tmp_path / "reference"): data
+        for path, data in files_in(tmp_path / "reference").items()
+    }
     rng, hits = random.Random(n), 0
     for i in itertools.count():
         run = command("preprocess_lips.py", photos, crops, *args)
-        hits += killed(run, touches=rng.randrange(70)) if i % 2 == 0 else killed(run, seconds=rng.uniform(0.5, 3))
+        hits += (
+            killed(run, touches=rng.randrange(70)) if i % 2 == 0 else killed(run, seconds=rng.uniform(0.5, 3))
+        )
         for path in crops.glob("*/*.jpg"):
-            twin = Path("0none") / path.name.replace("2smile", "0none"), Path("2smile") / path.name.replace("0none", "2smile")
+            twin = (
+                Path("0none") / path.name.replace("2smile", "0none"),
+                Path("2smile") / path.name.replace("0none", "2smile"),
+            )
             assert is_whole(path)
-            assert path.read_bytes() == reference.get(path.relative_to(crops)) or not set(twin) & set(reference)  # a conflict, not settled yet
+            assert path.read_bytes() == reference.get(path.relative_to(crops)) or not set(twin) & set(
+                reference
+            )  # a conflict, not settled yet
         if (crops / "manifest.csv").exists():
             assert (crops / "manifest.csv").read_bytes() == reference[Path("manifest.csv")]
         if i % 4 == 3 or hits == n:
@@ -692,17 +880,29 @@ def test_a_split_killed_anywhere_is_finished_by_the_next(tmp_path, killed, n):
 
     for seed in range(2):
         split_train_val.main([str(crops), str(tmp_path / f"reference{seed}"), "--seed", str(seed)])
-    reference = [{path.relative_to(tmp_path / f"reference{seed}"): content for path, content in files_in(tmp_path / f"reference{seed}").items()} for seed in range(2)]
+    reference = [
+        {
+            path.relative_to(tmp_path / f"reference{seed}"): content
+            for path, content in files_in(tmp_path / f"reference{seed}").items()
+        }
+        for seed in range(2)
+    ]
     for i in itertools.count():
         seed = i % 2  # from one draw to the other: crops change sides
         run = command("split_train_val.py", crops, data, "--seed", seed)
-        hits += killed(run, touches=rng.randrange(120)) if i % 3 else killed(run, seconds=rng.uniform(0.3, 0.9))
+        hits += (
+            killed(run, touches=rng.randrange(120)) if i % 3 else killed(run, seconds=rng.uniform(0.3, 0.9))
+        )
         parts = {part: {path.name for path in (data / part).glob("*/*.jpg")} for part in ("train", "val")}
-        assert not parts["train"] & parts["val"] and placed <= parts["train"] | parts["val"]  # at no moment is a crop on both sides, or again on none
+        assert (
+            not parts["train"] & parts["val"] and placed <= parts["train"] | parts["val"]
+        )  # at no moment is a crop on both sides, or again on none
         assert {path.read_bytes() for part in parts for path in (data / part).glob("*/*.jpg")} <= whole
         if i % 2 or hits == n:
             assert not killed(run)
-            assert {path.relative_to(data): content for path, content in files_in(data).items()} == reference[seed]
+            assert {path.relative_to(data): content for path, content in files_in(data).items()} == reference[
+                seed
+            ]
             placed = {path.name for path in crops.glob("*/*")}
         if hits == n:
             break
@@ -769,15 +969,24 @@ def test_a_kill_between_checkpoint_and_model_leaves_no_old_model_behind(mouths, 
 
 @linux
 def test_workers_end_with_a_killed_parent(photos, tmp_path):
-    process = subprocess.Popen(command("preprocess_lips.py", photos, tmp_path / "crops", "--workers", "2"), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("preprocess_lips.py", photos, tmp_path / "crops", "--workers", "2"), stderr=subprocess.DEVNULL
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(workers := [int(pid) for pid in children.read_text().split()]) < 3:  # two workers and Python's resource tracker
+    while (
+        len(workers := [int(pid) for pid in children.read_text().split()]) < 3
+    ):  # two workers and Python's resource tracker
         time.sleep(0.05)
         assert process.poll() is None
     process.kill()
     process.wait()
     for _ in range(100):
-        left = [pid for pid in workers if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"]
+        left = [
+            pid
+            for pid in workers
+            if Path(f"/proc/{pid}/stat").exists()
+            and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        ]
         if not left:
             return
         time.sleep(0.1)
@@ -789,8 +998,16 @@ def test_leftovers_of_killed_runs_are_swept_and_files_of_others_are_not(photos, 
     import train
 
     crops, data, models = tmp_path / "crops", tmp_path / "data", tmp_path / "models"
-    left = [folder / ".0123456789abcdef.tmp" for folder in (crops, crops / "0none", data, data / "train" / "0none", data / "val" / "gone", models)]
-    mine = [crops / ".mine.tmp", crops / "0none" / "x.tmp", data / "train" / "0none" / ".0.tmp", models / ".mine.tmp"]
+    left = [
+        folder / ".0123456789abcdef.tmp"
+        for folder in (crops, crops / "0none", data, data / "train" / "0none", data / "val" / "gone", models)
+    ]
+    mine = [
+        crops / ".mine.tmp",
+        crops / "0none" / "x.tmp",
+        data / "train" / "0none" / ".0.tmp",
+        models / ".mine.tmp",
+    ]
     for path in left + mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
@@ -819,7 +1036,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "fsync", fsync)
     write(path, b"newer")
     assert flushed[0] == (5, b"old")  # whole, before the rename
-    assert flushed[1:] == ([("folder", b"newer")] if write != write_file and os.name == "posix" else [])  # of crops, a folder at a time: below
+    assert flushed[1:] == (
+        [("folder", b"newer")] if write != write_file and os.name == "posix" else []
+    )  # of crops, a folder at a time: below
 
     def fail(handle):
         raise OSError(28, "No space left on device")
@@ -835,7 +1054,8 @@ import json, os, sys
 log, journal = os.open(os.environ["WITNESS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.environ["JOURNAL"]
 fsync, sync = os.fsync, os.sync
 def note(*event):
-    os.write(log, (json.dumps([*event, open(journal).read() if os.path.exists(journal) else ""]) + "\\n").encode())
+    text = open(journal).read() if os.path.exists(journal) else ""
+    os.write(log, (json.dumps([*event, text]) + "\\n").encode())
 def flush(handle):
     fsync(handle)
     note("flush", os.readlink(f"/proc/self/fd/{handle}"))
@@ -858,12 +1078,20 @@ def test_what_is_flushed_when_the_power_goes_is_what_names_and_records_speak_of(
     (tmp_path / "witness" / "sitecustomize.py").write_text(WITNESS)
 
     def seen(script, *args):
-        """What was renamed and flushed, in order: (old name or "flush", new name or what, the journal's text at that moment)."""
-        shell(script, *args, env={"PYTHONPATH": str(tmp_path / "witness"), "WITNESS": str(tmp_path / script), "JOURNAL": str(crops / "manifest.csv.part0")})
+        """What was renamed and flushed, in order: (old name or "flush", new name or what, the journal)."""
+        shell(
+            script,
+            *args,
+            env={
+                "PYTHONPATH": str(tmp_path / "witness"),
+                "WITNESS": str(tmp_path / script),
+                "JOURNAL": str(crops / "manifest.csv.part0"),
+            },
+        )
         events = [json.loads(line) for line in (tmp_path / script).read_text().splitlines()]
 
         def renamed(path):
-            """Where in the order a file got its name, after its content was flushed, and where its folder was flushed."""
+            """Where in the order a file got its name, its content flushed before, and its folder's flush."""
             at = max(i for i, (_, name, _) in enumerate(events) if name == str(path))
             assert ["flush", events[at][0]] in [event[:2] for event in events[:at]]
             return at, next(i for i in range(at, len(events)) if events[i][:2] == ["flush", str(path.parent)])
@@ -888,13 +1116,18 @@ def test_what_is_flushed_when_the_power_goes_is_what_names_and_records_speak_of(
 
 @pytest.fixture
 def disk(tmp_path):
-    """Mounts a small disk of its own: disk(kilobytes) returns its folder; remount(folder, "ro") changes it."""
+    """Mounts a small disk: disk(kilobytes) returns its folder; remount(folder, "ro") changes it."""
     mounted = []
 
     def mount(kilobytes):
         folder = tmp_path / f"disk{len(mounted)}"
         folder.mkdir()
-        if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True).returncode:
+        if (
+            sys.platform != "linux"
+            or subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True
+            ).returncode
+        ):
             pytest.skip("may not mount a disk")
         mounted.append(folder)
         return folder
@@ -921,7 +1154,9 @@ def fill(folder, leave):
         file.write(bytes((shutil.disk_usage(folder).free // 1024 - leave) * 1024))
 
 
-def test_a_full_disk_ends_preprocessing_and_split_with_one_line_and_loses_nothing(photos, disk, shell, tmp_path, orl):
+def test_a_full_disk_ends_preprocessing_and_split_with_one_line_and_loses_nothing(
+    photos, disk, shell, tmp_path, orl
+):
     folder = disk(2000)
     crops, data = folder / "crops", folder / "data"
     shell("preprocess_lips.py", photos, crops, "--workers", 1)
@@ -931,7 +1166,11 @@ def test_a_full_disk_ends_preprocessing_and_split_with_one_line_and_loses_nothin
         for person in (6, 8):
             Image.fromarray(orl[f"s{person:02d}_{i}"]).save(photos / "0none" / f"new{person}_{i}.png")
     fill(folder, 24)
-    one_line(shell("preprocess_lips.py", photos, crops, "--workers", 1, check=1), "cannot be written", "No space left")
+    one_line(
+        shell("preprocess_lips.py", photos, crops, "--workers", 1, check=1),
+        "cannot be written",
+        "No space left",
+    )
     after = files_in(crops, data)
     assert all(after[path] == content for path, content in before.items())
     for path in set(after) - set(before):
@@ -941,10 +1180,16 @@ def test_a_full_disk_ends_preprocessing_and_split_with_one_line_and_loses_nothin
     assert len([row for row in rows_of(crops).values() if row["status"] == "ok"]) == 44
     before = files_in(data)
     fill(folder, 24)
-    one_line(shell("split_train_val.py", crops, data, "--seed", 5, check=1), "cannot be written", "No space left")
+    one_line(
+        shell("split_train_val.py", crops, data, "--seed", 5, check=1), "cannot be written", "No space left"
+    )
     inside = {path.name: content for path, content in files_in(data).items() if path.suffix == ".jpg"}
-    assert {path.name for path in before if path.suffix == ".jpg"} <= set(inside)  # some changed sides, none is gone
-    assert inside.items() <= {path.name: path.read_bytes() for path in crops.glob("*/*.jpg")}.items()  # and none is cut short
+    assert {path.name for path in before if path.suffix == ".jpg"} <= set(
+        inside
+    )  # some changed sides, none is gone
+    assert (
+        inside.items() <= {path.name: path.read_bytes() for path in crops.glob("*/*.jpg")}.items()
+    )  # and none is cut short
     (folder / "ballast").unlink()
     shell("split_train_val.py", crops, data, "--seed", 5)
     assert len(list(data.glob("*/*/*.jpg"))) == 44
@@ -959,7 +1204,11 @@ def test_a_read_only_disk_ends_preprocessing_and_split_with_one_line(photos, dis
     before = files_in(crops, data)
     remount(folder, "ro")
     one_line(shell("preprocess_lips.py", folder / "photos", crops, check=1), "cannot be written", "Read-only")
-    one_line(shell("preprocess_lips.py", folder / "photos", folder / "new", check=1), "cannot be written", "Read-only")
+    one_line(
+        shell("preprocess_lips.py", folder / "photos", folder / "new", check=1),
+        "cannot be written",
+        "Read-only",
+    )
     one_line(shell("split_train_val.py", crops, data, check=1), "cannot be written", "Read-only")
     assert files_in(crops, data) == before
 
@@ -974,7 +1223,10 @@ def test_folders_that_may_not_be_written_are_one_line(permitted, photos, tmp_pat
     permitted("split_train_val.py", "crops", "data")
     for folder in (tmp_path / "data").glob("*/*"):
         folder.chmod(0o555)
-    one_line(permitted("split_train_val.py", "crops", "data", "--seed", 1, check=1), ".jpg: cannot be written (Permission denied); the same command goes on")
+    one_line(
+        permitted("split_train_val.py", "crops", "data", "--seed", 1, check=1),
+        ".jpg: cannot be written (Permission denied); the same command goes on",
+    )
 
 
 def test_training_on_a_full_or_read_only_disk_keeps_the_old_model(mouths, disk, shell):
@@ -999,6 +1251,7 @@ def test_training_on_a_full_or_read_only_disk_keeps_the_old_model(mouths, disk, 
 
 def test_training_is_saved_although_the_disk_of_the_curves_is_full(mouths, disk, tmp_path, monkeypatch):
     import torch
+
     import train
 
     logs = disk(350) / "logs"  # room for the beginning
@@ -1011,11 +1264,17 @@ def test_training_is_saved_although_the_disk_of_the_curves_is_full(mouths, disk,
 # --- two at once
 
 
-@pytest.mark.parametrize("script, folder", [("preprocess_lips.py", "crops"), ("split_train_val.py", "data"), ("train.py", "models")])
+@pytest.mark.parametrize(
+    "script, folder",
+    [("preprocess_lips.py", "crops"), ("split_train_val.py", "data"), ("train.py", "models")],
+)
 def test_a_second_run_on_the_same_folder_ends_with_one_line(mouths, photos, tmp_path, shell, script, folder):
     (tmp_path / "crops" / "a").mkdir(parents=True)
-    args = {"preprocess_lips.py": (photos, "crops"), "split_train_val.py": ("crops", "data"),
-            "train.py": ("--data", mouths / "data", "--models", "models", "--device", "cpu", "--epochs", 1)}[script]
+    args = {
+        "preprocess_lips.py": (photos, "crops"),
+        "split_train_val.py": ("crops", "data"),
+        "train.py": ("--data", mouths / "data", "--models", "models", "--device", "cpu", "--epochs", 1),
+    }[script]
     with locked(tmp_path / folder / ".lock"):
         (tmp_path / folder / ".0123456789abcdef.tmp").touch()  # the first run is writing that
         before = set((tmp_path / folder).rglob("*"))
@@ -1025,8 +1284,13 @@ def test_a_second_run_on_the_same_folder_ends_with_one_line(mouths, photos, tmp_
 
 @posix
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from preprocess_lips import *\nwith locked(Path('x/.lock')): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from preprocess_lips import *\n"
+        "with locked(Path('x/.lock')): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(BlockingIOError, match="another run is at work there; wait for its end"):
             with locked(tmp_path / "x" / ".lock"):
@@ -1039,12 +1303,19 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 def test_two_runs_started_together_end_as_one_would(photos, tmp_path):
     args = command("preprocess_lips.py", photos, tmp_path / "crops", "--workers", "1")
-    runs = [subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [
+        subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     errors = [run.communicate(timeout=100)[1] for run in runs]
     codes = [run.returncode for run in runs]
-    assert 0 in codes and all(code == 0 or "another run is at work there" in error for code, error in zip(codes, errors))
+    assert 0 in codes and all(
+        code == 0 or "another run is at work there" in error for code, error in zip(codes, errors)
+    )
     preprocess_lips.main([str(photos), str(tmp_path / "alone"), "--workers", "1"])
-    two, one = ({path.relative_to(tmp_path / name): data for path, data in files_in(tmp_path / name).items()} for name in ("crops", "alone"))
+    two, one = (
+        {path.relative_to(tmp_path / name): data for path, data in files_in(tmp_path / name).items()}
+        for name in ("crops", "alone")
+    )
     assert two == one
 
 
@@ -1052,8 +1323,12 @@ def test_two_runs_started_together_end_as_one_would(photos, tmp_path):
 
 
 def test_nothing_that_windows_lacks_is_imported_or_called_at_import():
-    code = ("import sys\nfor name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
-            "import os; [delattr(os, name) for name in ('fork', 'sync', 'mkfifo', 'sched_getaffinity', 'getuid') if hasattr(os, name)]\n"
-            "import net, preprocess_lips, split_train_val, train, predict; print(preprocess_lips.cores() >= 1)")
+    code = (
+        "import sys\nfor name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
+        "import os\n"
+        "for name in ('fork', 'sync', 'mkfifo', 'sched_getaffinity', 'getuid'):\n"
+        "    if hasattr(os, name): delattr(os, name)\n"
+        "import net, preprocess_lips, split_train_val, train, predict; print(preprocess_lips.cores() >= 1)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

@@ -8,12 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT, SHARED, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import preprocess_lips
-from conftest import ROOT, SHARED, shared
 from preprocess_lips import COLUMNS, cut, locked, main, mouth_box, read_csv, read_photo, settle
 
 REAL_WORK, REAL_PHOTO = preprocess_lips.work, preprocess_lips.process_photo
@@ -70,7 +70,14 @@ def test_formats_are_known_by_content_not_by_name(tmp_path, orl, format):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(-90, 90), st.integers(-90, 90), st.integers(1, 160), st.integers(1, 60), st.integers(1, 60), st.sampled_from([32, 128]))
+@given(
+    st.integers(-90, 90),
+    st.integers(-90, 90),
+    st.integers(1, 160),
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.sampled_from([32, 128]),
+)
 def test_cut_gives_its_size_and_only_levels_of_the_image(left, top, side, width, height, size):
     image = np.random.default_rng(side).integers(80, 120, (height, width, 3), dtype=np.uint8)
     out = cut(image, (left, top, left + side, top + side), size)
@@ -131,14 +138,19 @@ def test_several_faces_come_largest_first_and_each_once(orl, cropper):
         canvas[y:y + face.shape[0], x:x + face.shape[1]] = face[..., None]
     faces = cropper(canvas)
     centres = [(face.box[0] + face.box[2]) / 2 for face in faces]
-    assert [20 < centres[0] < 296, 330 < centres[1] < 514, 560 < centres[2] < 652] == [True] * 3 and len(faces) == 3
+    assert [20 < centres[0] < 296, 330 < centres[1] < 514, 560 < centres[2] < 652] == [True] * 3 and len(
+        faces
+    ) == 3
     widths = [face.box[2] - face.box[0] for face in faces]
     assert widths == sorted(widths, reverse=True)
     assert len(cropper(canvas, largest=True)) == 1
 
 
 def test_large_jpegs_give_the_boxes_and_crops_of_the_whole_photo(orl, cropper, tmp_path):
-    for side in (2400, 4000):  # a mouth with enough pixels at a fraction of the size, and a small face far off
+    for side in (
+        2400,
+        4000,
+    ):  # a mouth with enough pixels at a fraction of the size, and a small face far off
         canvas = np.full((side, side * 4 // 3, 3), 90, np.uint8)
         size = (1380, 1680) if side == 2400 else (460, 560)
         canvas[200:200 + size[1], 900:900 + size[0]] = cv2.resize(orl["s05_1"], size)[..., None]
@@ -185,7 +197,9 @@ def test_every_file_has_a_row_and_every_crop_its_name(photos, monkeypatch, capsy
     Image.new("RGB", (30, 30)).save(photos / "0none" / "icon.png")
     Image.new("RGB", (300, 300), "green").save(photos / "2smile" / "meadow.webp")
     shutil.copy(photos / "2smile" / "s05_2.png", photos / "2smile" / "zz copy.gif")  # same bytes, same class
-    shutil.copy(photos / "2smile" / "s05_3.png", photos / "0none" / "elsewhere.png")  # same bytes, other class
+    shutil.copy(
+        photos / "2smile" / "s05_3.png", photos / "0none" / "elsewhere.png"
+    )  # same bytes, other class
     (photos / "0none" / "more").mkdir()
     (photos / "1pouting").mkdir()
     (photos / "0none" / "link").symlink_to(photos / "2smile")
@@ -196,10 +210,20 @@ def test_every_file_has_a_row_and_every_crop_its_name(photos, monkeypatch, capsy
     assert sorted(rows) == sorted(files)
     status = {source: row["status"] for source, row in rows.items()}
     assert {s: status[s] for s in status if status[s] != "ok"} == {
-        "0none/notes.jpg": "unreadable", "0none/link": "unreadable", "0none/empty.png": "unreadable", "2smile/cut short.jpg": "unreadable",
-        "0none/banner.png": "side_ratio", "0none/icon.png": "too_small", "2smile/meadow.webp": "no_face",
-        "2smile/zz copy.gif": "duplicate", "2smile/s05_3.png": "conflict", "0none/elsewhere.png": "conflict"}
-    crops = {p.relative_to(tmp_path / "data" / "lips").as_posix() for p in (tmp_path / "data" / "lips").glob("*/*")}
+        "0none/notes.jpg": "unreadable",
+        "0none/link": "unreadable",
+        "0none/empty.png": "unreadable",
+        "2smile/cut short.jpg": "unreadable",
+        "0none/banner.png": "side_ratio",
+        "0none/icon.png": "too_small",
+        "2smile/meadow.webp": "no_face",
+        "2smile/zz copy.gif": "duplicate",
+        "2smile/s05_3.png": "conflict",
+        "0none/elsewhere.png": "conflict",
+    }
+    crops = {
+        p.relative_to(tmp_path / "data" / "lips").as_posix() for p in (tmp_path / "data" / "lips").glob("*/*")
+    }
     assert crops == {f"{row['class']}/{row['crop']}" for row in rows.values() if row["status"] == "ok"}
     for row in rows.values():
         if row["status"] == "ok":
@@ -236,8 +260,14 @@ def test_a_conflict_lasts_until_one_copy_is_removed(photos, tmp_path, capsys):
     main([str(photos), str(crops)])
     assert rows_of(crops)["0none/s01_1.png"]["status"] == "conflict"
     main([str(photos), str(crops)])
-    assert "0 photos looked at" in capsys.readouterr().out  # a conflict that stays need not be looked at again
-    assert rows_of(crops)["0none/s01_1.png"]["status"] == rows_of(crops)["2smile/wrong.png"]["status"] == "conflict"
+    assert (
+        "0 photos looked at" in capsys.readouterr().out
+    )  # a conflict that stays need not be looked at again
+    assert (
+        rows_of(crops)["0none/s01_1.png"]["status"]
+        == rows_of(crops)["2smile/wrong.png"]["status"]
+        == "conflict"
+    )
     (photos / "2smile" / "wrong.png").unlink()
     main([str(photos), str(crops)])
     row = rows_of(crops)["0none/s01_1.png"]
@@ -250,7 +280,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
     def stop_after_five(*args):
         for i, rows in enumerate(real(*args)):
             if i == 5:
-                kept.append((crops / "manifest.csv.part0").read_text().count("sha1"))  # a kill would leave that much
+                kept.append(
+                    (crops / "manifest.csv.part0").read_text().count("sha1")
+                )  # a kill would leave that much
                 raise KeyboardInterrupt
             yield rows
 
@@ -269,9 +301,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
 def test_processes_of_one_job_share_the_photos_and_the_plain_command_gathers_them(photos, tmp_path, capsys):
     main([str(photos), str(tmp_path / "alone")])
     args = [str(photos), str(tmp_path / "shared"), "--workers", "1"]
-    ranks = [subprocess.Popen([sys.executable, str(ROOT / "preprocess_lips.py"), *args],
-                              env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"}, stdout=subprocess.PIPE, text=True)
-             for rank in (2, 0, 1)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "preprocess_lips.py"), *args],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (2, 0, 1)
+    ]
     out = [process.communicate(timeout=100)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0, 0]
     for part, said in zip((3, 1, 2), out):
@@ -287,7 +325,10 @@ def test_processes_of_one_job_share_the_photos_and_the_plain_command_gathers_the
 
 
 def test_parts_are_not_gathered_before_all_have_ended(photos, tmp_path):
-    with locked(tmp_path / "crops" / ".lock2"), pytest.raises(SystemExit, match="another run is at work there"):
+    with (
+        locked(tmp_path / "crops" / ".lock2"),
+        pytest.raises(SystemExit, match="another run is at work there"),
+    ):
         main([str(photos), str(tmp_path / "crops")])
     main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
 
@@ -310,26 +351,38 @@ def test_a_photo_that_changes_after_another_process_has_done_it_is_done_again(ph
         main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
         for name in ("0none/s01_2.png", "2smile/s05_1.png"):  # one of either share
             os.utime(photos / name, (rank, world))
-    assert {row["status"] for row in rows_of(tmp_path / "crops").values()} == {"ok"} and len(rows_of(tmp_path / "crops")) == 24
+    assert {row["status"] for row in rows_of(tmp_path / "crops").values()} == {"ok"} and len(
+        rows_of(tmp_path / "crops")
+    ) == 24
 
 
 def test_a_photo_that_kills_its_worker_costs_only_itself(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("preprocess_lips.work", deadly_work)
     main([str(photos), str(tmp_path / "crops"), "--workers", "2"])
     status = {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()}
-    assert status.pop("0none/s02_2.png") == "unreadable" and set(status.values()) == {"ok"} and len(status) == 23
+    assert (
+        status.pop("0none/s02_2.png") == "unreadable" and set(status.values()) == {"ok"} and len(status) == 23
+    )
 
 
 def test_settle_keeps_the_first_copy_whatever_the_order():
     def row(source):
-        return dict.fromkeys(COLUMNS, "") | {"source": source, "class": source[0], "status": "ok", "crop": "x.jpg", "sha1": "abc"}
+        return dict.fromkeys(COLUMNS, "") | {
+            "source": source,
+            "class": source[0],
+            "status": "ok",
+            "crop": "x.jpg",
+            "sha1": "abc",
+        }
 
     assert [r["status"] for r in settle([row("a/2"), row("a/1")])] == ["ok", "duplicate"]
     assert [r["status"] for r in settle([row("b/1"), row("a/1"), row("a/2")])] == ["conflict"] * 3
 
 
 def test_errors_name_the_folder_and_the_way_out(shell, tmp_path):
-    assert "error: data/raw: no such folder; put photos in" in shell("preprocess_lips.py", check=1).stderr.replace("\\", "/")
+    assert "error: data/raw: no such folder; put photos in" in shell(
+        "preprocess_lips.py", check=1
+    ).stderr.replace("\\", "/")
     (tmp_path / "data" / "raw").mkdir(parents=True)
     assert "no photos in class folders" in shell("preprocess_lips.py", check=1).stderr
     assert "lies within" in shell("preprocess_lips.py", "data", "data/lips", check=1).stderr

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
 
 prefix = Path(sys.prefix)
@@ -25,7 +24,14 @@ def project(tmp_path_factory):
         shutil.copy2(path, copy)
     shutil.copytree(ROOT / "data" / "sample", copy / "data" / "sample")
     (copy / ".venv").symlink_to(prefix)
-    done = subprocess.run(["bash", "data/sample/run.sh"], cwd=copy, capture_output=True, text=True, encoding="utf-8", timeout=280)
+    done = subprocess.run(
+        ["bash", "data/sample/run.sh"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=280,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return copy, done.stdout
 
@@ -33,8 +39,14 @@ def project(tmp_path_factory):
 def test_it_ends_with_a_model_curves_and_named_photos(project):
     folder, out = project
     about = json.loads((folder / "models" / "model.json").read_text("utf-8"))
-    assert about["classes"] == ["0none", "1pouting", "2smile", "3openmouth"] and about["settings"]["recipe"] == "strong"
-    assert list((folder / "logs").glob("*/events*")) and len(list((folder / "data" / "named").rglob("*.jpg"))) == about["images"]["val"]
+    assert (
+        about["classes"] == ["0none", "1pouting", "2smile", "3openmouth"]
+        and about["settings"]["recipe"] == "strong"
+    )
+    assert (
+        list((folder / "logs").glob("*/events*"))
+        and len(list((folder / "data" / "named").rglob("*.jpg"))) == about["images"]["val"]
+    )
     assert "balanced accuracy" in out and "tensorboard --logdir logs" in out
     # persons it has not seen: far better than the 33 % of always saying smile
     assert about["best"]["val_acc"] > 0.6
@@ -54,8 +66,18 @@ def test_photos_of_others_in_data_raw_are_not_mixed_with_the_sample(project):
     folder, _ = project
     mine = folder / "data" / "raw" / "2smile" / "me.jpg"
     mine.write_bytes(b"mine")
-    done = subprocess.run([sys.executable, "data/sample/prepare.py"], cwd=folder, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 1 and "me.jpg: not of the sample; move your own photos" in done.stderr and mine.read_bytes() == b"mine"
+    done = subprocess.run(
+        [sys.executable, "data/sample/prepare.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert (
+        done.returncode == 1
+        and "me.jpg: not of the sample; move your own photos" in done.stderr
+        and mine.read_bytes() == b"mine"
+    )
 
 
 def test_labels_name_real_faces_and_say_what_is_warped(orl):

@@ -25,7 +25,11 @@ def crops(tmp_path):
 
 def split(tmp_path, *args):
     main([str(tmp_path / "crops"), str(tmp_path / "data"), *map(str, args)])
-    return {p.relative_to(tmp_path / "data").as_posix() for part in ("train", "val") for p in (tmp_path / "data" / part).glob("*/*")}
+    return {
+        p.relative_to(tmp_path / "data").as_posix()
+        for part in ("train", "val")
+        for p in (tmp_path / "data" / part).glob("*/*")
+    }
 
 
 def test_validation_gets_the_textbooks_counts():
@@ -41,7 +45,10 @@ def test_single_crops_meet_the_counts_exactly(classes, seed):
 
 
 @settings(deadline=None)
-@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=6), min_size=2, max_size=40), st.integers(0, 5))
+@given(
+    st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=6), min_size=2, max_size=40),
+    st.integers(0, 5),
+)
 def test_groups_leave_every_class_some_crops_in_training(groups, seed):
     members = {str(i): classes for i, classes in enumerate(groups)}
     val = choose_val(members, seed)
@@ -106,14 +113,28 @@ def test_groups_stay_together(tmp_path, crops):
 
 def test_a_group_expression_that_finds_nothing_says_so(tmp_path, crops, capsys):
     split(tmp_path, "--group", r"(p[1-8])_")
-    assert "groups of their own, because --group finds nothing in their paths: 9 crops, such as that of a/p0_a00.jpg" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: --group \(x\)_: found in no photo's path; they are like a/p0_a00.jpg"):
+    assert (
+        "groups of their own, because --group finds nothing in their paths: 9 crops, "
+        "such as that of a/p0_a00.jpg"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(
+        SystemExit, match=r"error: --group \(x\)_: found in no photo's path; they are like a/p0_a00.jpg"
+    ):
         split(tmp_path, "--group", "(x)_")
 
 
 def test_groups_come_from_the_photos_path_in_the_manifest(tmp_path, crops):
-    rows = [dict.fromkeys(COLUMNS, "") | {"source": f"a/person{int(p.stem[-2:]) // 4}_x{i}.png", "class": "a", "status": "ok", "crop": p.name}
-            for i, p in enumerate(sorted((crops / "a").iterdir()))]
+    rows = [
+        dict.fromkeys(COLUMNS, "")
+        | {
+            "source": f"a/person{int(p.stem[-2:]) // 4}_x{i}.png",
+            "class": "a",
+            "status": "ok",
+            "crop": p.name,
+        }
+        for i, p in enumerate(sorted((crops / "a").iterdir()))
+    ]
     write_csv(crops / "manifest.csv", COLUMNS, rows)
     split(tmp_path, "--group", r"(person\d+)_")
     person = {(row["class"], row["crop"]): row["source"].split("_")[0] for row in rows}
@@ -137,7 +158,11 @@ def test_copies_saved_anew_stay_on_the_side_of_the_original(tmp_path, mouths, ca
     sides = {}
     for name in made:
         sides.setdefault(name[-6:], set()).add(name.split("/")[0])
-    assert len(sides) == len(originals) and all(len(side) == 1 for side in sides.values()) and {"val"} in sides.values()
+    assert (
+        len(sides) == len(originals)
+        and all(len(side) == 1 for side in sides.values())
+        and {"val"} in sides.values()
+    )
     found = re.search(r"near-duplicates: (\d+) crops in (\d+) groups", capsys.readouterr().out)
     assert int(found[1]) == 2 * len(originals) and int(found[2]) <= len(originals)
 
@@ -152,7 +177,9 @@ def test_near_pairs_are_those_that_comparing_all_would_find(seed, distance):
             one[bit // 16] ^= np.uint16(1 << bit % 16)
     hashes = np.unique(hashes, axis=0)
     far = np.bitwise_count(hashes[:, None] ^ hashes).sum(2, dtype=int)
-    expected = {(i, j) for i in range(len(hashes)) for j in range(i + 1, len(hashes)) if far[i, j] <= distance}
+    expected = {
+        (i, j) for i in range(len(hashes)) for j in range(i + 1, len(hashes)) if far[i, j] <= distance
+    }
     assert set(near_pairs(hashes, distance)) == expected
 
 
@@ -235,7 +262,12 @@ def test_errors_name_the_way_out(shell, tmp_path, crops):
 def test_the_table_is_printed(shell, tmp_path, crops):
     out = shell("split_train_val.py", "crops", "out").stdout
     assert [line.split() for line in out.splitlines()[:5]] == [
-        ["class", "total", "train", "val"], ["a", "40", "36", "4"], ["b", "25", "23", "2"], ["c", "7", "6", "1"], ["total", "72", "65", "7"]]
+        ["class", "total", "train", "val"],
+        ["a", "40", "36", "4"],
+        ["b", "25", "23", "2"],
+        ["c", "7", "6", "1"],
+        ["total", "72", "65", "7"],
+    ]
 
 
 def test_tables_stay_in_line_below_names_whose_letters_are_wide():

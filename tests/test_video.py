@@ -4,10 +4,12 @@ import ctypes
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
 from collections import Counter
+from fractions import Fraction
 
 import cv2
 import numpy as np
@@ -33,7 +35,7 @@ def model(mouths):
 @pytest.fixture
 def predicted(model, inside):
     """What predict.py prints in the test's folder, as lines: predicted("clip.mp4", "--json")."""
-    return lambda *args: inside("predict.py", *args, "--model", model).stdout.splitlines()
+    return lambda *args: inside("predict.py", "--model", model, *args).stdout.splitlines()
 
 
 def write_clip(path, orl, codec="mp4v", parts=PARTS):
@@ -58,6 +60,33 @@ def frames_of(path):
     while (read := capture.read())[0]:
         frames.append(read[1])
     return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+def write_frames(path, times, size=(320, 240), codec="libx264", pixels="yuv420p", parts=1000, last=None):
+    """Frames that grow brighter, each shown at its time (seconds, in so many parts); the `last` one for so long."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as file:
+        options = {"libvpx": {"deadline": "realtime"}, "libx264": {"bf": "0"} if last else {}}
+        stream = file.add_stream(codec, rate=30, options=options.get(codec, {}))
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
+        stream.time_base = stream.codec_context.time_base = Fraction(1, parts)
+        packets = []
+        for i, seconds in enumerate(times):
+            level = 20 + 200 * i // len(times)
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), level, np.uint8), "rgb24")
+            frame.pts, frame.time_base = round(seconds * parts), stream.time_base
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if last:
+            packets[-1].duration = round(last * parts)
+        file.mux(packets)
+    return path
+
+
+def levels_of(path):
+    """The mean level of each frame of a video, and its rate."""
+    frames, rate = frames_of(path)
+    return np.array([frame.mean() for frame in frames]), rate
 
 
 def test_lines_tell_changes_and_the_copy_has_every_frame(inside, model, orl, tmp_path):
@@ -156,6 +185,146 @@ def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(pre
     assert {p.name for p in folder.iterdir()} == {"clip.mp4", "photo.jpg", "clip_2.mp4", "photo_2.jpg", "index.html"}
     crops = [json.loads(line) for line in predicted(folder.name, "--crops", "--json")]
     assert crops and all(line["source"].endswith(".jpg") for line in crops)
+
+
+@pytest.mark.parametrize("rate", [239.977, 59.94006, 142.857, 999.9, 0.5])
+def test_copies_keep_rates_that_mpeg4_cannot_hold(predicted, rate, tmp_path):
+    write_frames(tmp_path / "clip.mp4", np.arange(30) / rate, parts=round(1000 * rate), last=1 / rate)
+    predicted("clip.mp4", "--save", "named")
+    levels, found = levels_of(tmp_path / "named" / "clip.mp4")
+    assert 30 <= len(levels) <= 31 and found == pytest.approx(rate, rel=1e-4) and (np.diff(levels)[:29] > 3).all()
+
+
+TIMES = np.concatenate([np.arange(15) / 30, 0.5 + np.arange(5) / 4, 1.75 + np.arange(30) / 60])  # 30, 4, 60 frames/s
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.webm"])
+def test_frames_keep_their_times_where_the_rate_varies(predicted, name, tmp_path):
+    write_frames(tmp_path / name, TIMES, codec="libvpx" if name.endswith("webm") else "libx264")
+    lines = [json.loads(line) for line in predicted(name, "--save", "named", "--json")]
+    np.testing.assert_allclose([line["time"] for line in lines], TIMES, atol=0.002)
+    before, _ = levels_of(tmp_path / name)
+    after, rate = levels_of(tmp_path / "named" / "clip.mp4")
+    assert len(before) == len(TIMES) and rate == pytest.approx(60, abs=3)
+    assert len(after) / rate == pytest.approx(2.25, abs=0.1)
+    shown = np.searchsorted(TIMES, np.arange(len(after)) / rate + 1e-3, side="right") - 1
+    late = np.searchsorted(TIMES, np.arange(len(after)) / rate - 1.5 / rate, side="right") - 1
+    assert (after > before[late.clip(0)] - 3).all() and (after < before[shown] + 7).all()
+    assert "cut short" not in "".join(predicted(name))
+
+
+def test_what_varies_a_little_is_copied_frame_by_frame(predicted, tmp_path):
+    times = np.arange(60) / 30 + np.random.default_rng(0).uniform(-0.004, 0.004, 60)
+    write_frames(tmp_path / "clip.mkv", times - times[0])
+    predicted("clip.mkv", "--save", "named")
+    levels, rate = levels_of(tmp_path / "named" / "clip.mp4")
+    assert len(levels) == 60 and rate == pytest.approx(30, abs=0.5) and (np.diff(levels) > 1).all()
+
+
+def test_a_last_frame_lasts_until_the_end_but_not_for_ever(predicted, tmp_path):
+    write_frames(tmp_path / "still.mp4", np.arange(10) / 25, last=3)
+    write_frames(tmp_path / "lost.mkv", [0, 0.04, 0.08, 0.12, 36_000])  # a stamp that is ten hours off
+    out = predicted("still.mp4", "lost.mkv", "--save", "named")
+    levels, rate = levels_of(tmp_path / "named" / "still.mp4")
+    assert len(levels) / rate == pytest.approx(3.36, abs=0.1)
+    levels, rate = levels_of(tmp_path / "named" / "lost.mp4")
+    assert len(levels) < 510 and len(levels) / rate == pytest.approx(36_000, rel=0.01)
+    assert "cut short" not in "".join(out)
+
+
+def test_only_what_ends_far_before_its_end_is_called_cut_short(predicted, tmp_path):
+    write_frames(tmp_path / "slow.mkv", np.arange(60) / 20)  # whose head says 30 frames a second
+    assert "cut short" not in "".join(predicted("slow.mkv"))
+    clip = (tmp_path / "slow.mkv").read_bytes()
+    (tmp_path / "slow.mkv").write_bytes(clip[:len(clip) // 2])
+    assert "cut short or damaged" in "".join(predicted("slow.mkv"))
+
+
+@pytest.mark.parametrize("codec, pixels", [("mjpeg", "yuvj420p"), ("png", "rgb24")])
+def test_a_song_with_a_cover_is_no_damaged_video(predicted, codec, pixels, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "song.mp4"), "w") as file:
+        sound, cover = file.add_stream("aac", rate=44100, layout="mono"), file.add_stream(codec, rate=1)
+        cover.width, cover.height, cover.pix_fmt = 100, 100, pixels
+        cover.disposition = av.stream.Disposition.attached_pic
+        for packet in cover.encode(av.VideoFrame.from_ndarray(np.full((100, 100, 3), 200, np.uint8), "rgb24")):
+            packet.pts = packet.dts = 0
+            file.mux(packet)
+        for start in range(0, 2 * 44100, 1024):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 44100, start
+            file.mux(sound.encode(frame))
+    assert predicted("song.mp4", "--save", "named")[0] == "song.mp4  no face 100%"
+    assert (tmp_path / "named" / "song.mp4").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
+@pytest.mark.parametrize("name", ["12:30.mp4", "http:clip.mp4", "clip%02d.mp4", "-clip.mp4"])
+def test_names_of_videos_are_not_taken_for_addresses(predicted, orl, name, tmp_path):
+    write_clip(tmp_path / "x.mp4", orl, parts=PARTS[:1]).rename(tmp_path / name)
+    assert "face 1  dark" in predicted("--save", "a:b", "--", name)[0]
+    assert len(frames_of(tmp_path / "a:b" / name)[0]) == HOLD
+
+
+@pytest.mark.parametrize("fault", ["refuses", "loses"])
+def test_a_video_that_cannot_be_written_costs_itself_only(inside, model, orl, fault, tmp_path, monkeypatch):
+    class Writer:
+        """Refuses frames of 160 x 120, or loses them as OpenCV does when the disk is full."""
+
+        def __init__(self, path, code, rate, size):
+            self.bad, self.real = size == (160, 120), real(path, code, rate, size)
+
+        def isOpened(self):
+            return not (self.bad and fault == "refuses")
+
+        def write(self, frame):
+            if not self.bad:
+                self.real.write(frame)
+
+        def release(self):
+            self.real.release()
+
+    real = cv2.VideoWriter
+    (tmp_path / "in").mkdir()
+    write_frames(tmp_path / "in" / "a.mp4", np.arange(5) / RATE, size=(160, 120))
+    write_clip(tmp_path / "in" / "b.mp4", orl, parts=PARTS[:1])
+    monkeypatch.setattr(cv2, "VideoWriter", Writer)
+    out = inside("predict.py", "in", "--save", "named", "--model", model, check=1).stdout
+    said = "cannot be written, 160 x 120 at 20.0 frames" if fault == "refuses" else "could not be written; is there room"
+    assert f"in/a.mp4  named/a.mp4 {said}" in out and "in/b.mp4  dark 100%" in out
+    assert sorted(path.name for path in (tmp_path / "named").iterdir()) == ["b.mp4", "index.html"]
+    page = (tmp_path / "named" / "index.html").read_text()
+    assert f"named/a.mp4 {said}" in page and 'href="a.mp4"' not in page and 'href="b.mp4"' in page
+
+
+def test_a_resolution_that_changes_within_a_video(predicted, tmp_path):
+    first = write_frames(tmp_path / "a.ts", np.arange(20) / 20, parts=90_000).read_bytes()
+    second = write_frames(tmp_path / "b.ts", 1.1 + np.arange(20) / 20, size=(640, 480), parts=90_000).read_bytes()
+    (tmp_path / "both.ts").write_bytes(first + second)
+    lines = [json.loads(line) for line in predicted("both.ts", "--save", "named", "--json")]
+    frames, rate = frames_of(tmp_path / "named" / "both.mp4")
+    assert len(lines) == 40 and len(frames) in (40, 41) and {frame.shape for frame in frames} == {(240, 320, 3)}
+
+
+def test_videos_that_say_how_they_were_held_are_upright(predicted, orl, tmp_path):
+    upright, _ = frames_of(write_clip(tmp_path / "clip.mp4", orl, parts=PARTS[:1]))
+    writer = cv2.VideoWriter(str(tmp_path / "held.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), RATE, (240, 320))
+    for frame in upright:
+        writer.write(cv2.rotate(frame, cv2.ROTATE_90_COUNTERCLOCKWISE))
+    writer.release()
+    clip, one = bytearray((tmp_path / "held.mp4").read_bytes()), 1 << 16
+    matrix = clip.index(b"tkhd") + 44
+    clip[matrix:matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 320 * one, 0, 1 << 30)  # as telephones do
+    (tmp_path / "held.mp4").write_bytes(clip)
+    assert "face 1  dark" in predicted("held.mp4", "--save", "named")[0]
+    assert {frame.shape for frame in frames_of(tmp_path / "named" / "held.mp4")[0]} == {(240, 320, 3)}
+
+
+def test_ten_bits_a_channel(predicted, tmp_path):
+    write_frames(tmp_path / "clip.mp4", np.arange(20) / 20, codec="libx265", pixels="yuv420p10le")
+    assert len([json.loads(line) for line in predicted("clip.mp4", "--save", "named", "--json")]) == 20
+    levels, rate = levels_of(tmp_path / "named" / "clip.mp4")
+    assert len(levels) == 20 and rate == 20 and levels[-1] - levels[0] == pytest.approx(190, abs=10)
 
 
 def test_no_camera_and_no_screen_are_one_line(shell, inside, model, orl, tmp_path, monkeypatch):
