@@ -22,7 +22,8 @@ def project(tmp_path_factory):
     copy = tmp_path_factory.mktemp("项目")
     for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
         shutil.copy2(path, copy)
-    shutil.copytree(ROOT / "data" / "sample", copy / "data" / "sample")
+    for folder in ("sample", "faces"):
+        shutil.copytree(ROOT / "data" / folder, copy / "data" / folder)
     (copy / ".venv").symlink_to(prefix)
     done = subprocess.run(
         ["bash", "data/sample/run.sh"],
@@ -89,15 +90,18 @@ def test_labels_name_real_faces_and_say_what_is_warped(orl):
     assert len({row["file"] for row in rows}) == len(rows) == 416
 
 
-def test_warping_narrows_the_mouth_and_leaves_the_rest_alone(orl, cropper):
-    from prepare import pout
+def test_warping_makes_lips_look_pouting_and_leaves_the_rest_alone(orl, cropper):
+    from pout import lip_shape
+    from prepare import pouting
 
-    narrower = []
+    before, after = [], []
     for name in ("s10_10", "s24_1", "s29_4", "s04_7", "s13_5"):
         face = orl[name]
         (found,) = cropper(np.repeat(face[..., None], 3, 2), largest=True)
-        warped = pout(face, found.landmarks, 0.6, 1.45)
+        warped = pouting(face, cropper, f"{name}_warped.png")
+        assert warped.shape == face.shape and (warped == pouting(face, cropper, f"{name}_warped.png")).all()
         assert np.abs(warped[:50].astype(int) - face[:50]).max() <= 2  # eyes and brows
-        (after,) = cropper(np.repeat(warped[..., None], 3, 2), largest=True)
-        narrower.append(np.ptp(after.landmarks[48:68, 0]) / np.ptp(found.landmarks[48:68, 0]))
-    assert np.median(narrower) < 0.9
+        (again,) = cropper(np.repeat(warped[..., None], 3, 2), largest=True)
+        before.append(lip_shape(found.landmarks)[0])
+        after.append(lip_shape(again.landmarks)[0])
+    assert np.median(after) > 0.4 > np.median(before)
