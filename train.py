@@ -72,21 +72,21 @@ from net import (
 RECIPES = {
     "textbook": dict(
         weights=None, epochs=300, batch_size=64, lr=0.1, momentum=0.9, weight_decay=0.0,
-        schedule="step", step_size=100, gamma=0.1, crop=0.08, flip=True, rotate=0.0, colour=0.0, grey=0.0,
-        smoothing=0.0, average=0.0, balance=0.0, keep="best"),
+        schedule="step", step_size=100, gamma=0.1, crop=[0.08, 1.0], shift=0.0, flip=True, rotate=0.0,
+        colour=0.0, grey=0.0, smoothing=0.0, average=0.0, balance=0.0, freeze_norm=False, keep="best"),
     "strong": dict(
         weights=None, epochs=100, batch_size=64, lr=0.1, momentum=0.9, weight_decay=2e-3,
-        schedule="one-cycle", step_size=100, gamma=0.1, crop=0.6, flip=True, rotate=15.0, colour=0.3,
-        grey=0.3, smoothing=0.05, average=0.99, balance=0.5, keep="last"),
+        schedule="one-cycle", step_size=100, gamma=0.1, crop=[0.4, 1.4], shift=0.12, flip=True, rotate=15.0,
+        colour=0.3, grey=0.3, smoothing=0.02, average=0.99, balance=0.5, freeze_norm=False, keep="last"),
 }
-RECIPES["finetune"] = RECIPES["strong"] | dict(weights=PRETRAINED, epochs=20, lr=0.02)
+RECIPES["finetune"] = RECIPES["strong"] | dict(weights=PRETRAINED, epochs=20, lr=0.005, freeze_norm=True)
 SETTINGS = ("recipe", *RECIPES["textbook"], "seed", "amp")  # what --resume takes from the checkpoint
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
 WARM_UP = 0.25  # share of a one-cycle run in which the learning rate rises
 CALIBRATION_IMAGES = 200  # with fewer for validation a temperature would be fitted to chance
-CALIBRATION_ERROR = 0.05  # up to here no temperature is needed
+CALIBRATION_ERROR = 0.02  # up to here no temperature is needed
 FEW_IMAGES = 20  # with fewer for validation its accuracy says nothing
 CHECKPOINT = "checkpoint.pt"
 SAVE_SECONDS = 20  # a kill costs at most this much training
@@ -296,17 +296,19 @@ def load_data(data, rank=0, world=1):
 # --- augmentation: random crops, turns and colours of a whole batch, with one resampling
 
 
-def random_boxes(n, generator, smallest=0.08):
-    """Random crops of a square image, distributed as torchvision's ``RandomResizedCrop``.
+def random_boxes(n, generator, area=(0.08, 1.0), shift=0.0):
+    """Random crops of a square image, by default distributed as torchvision's ``RandomResizedCrop``.
 
     Parameters
     ----------
     n : int
     generator : torch.Generator
         Its device is the result's.
-    smallest : float
-        The crop's share of the image's area is uniform between this and 1; the logarithm of width over
-        height is uniform in that of `RATIO`.
+    area : pair of floats
+        The crop's share of the image's area is uniform between the two; over 1 it goes beyond the border. The
+        logarithm of width over height is uniform in that of `RATIO`.
+    shift : float
+        A crop as large as the image is off its centre by up to this share of half the side.
 
     Returns
     -------
@@ -314,16 +316,16 @@ def random_boxes(n, generator, smallest=0.08):
         Centre x, centre y, half width, half height; the image spans -1 to 1.
     """
     u = torch.rand(n, 22, generator=generator, device=generator.device)
-    area = smallest + (1 - smallest) * u[:, :10]
+    areas = area[0] + (area[1] - area[0]) * u[:, :10]
     low, high = np.log(RATIO[0]), np.log(RATIO[1])
     aspect = (low + (high - low) * u[:, 10:20]).exp()
-    half = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 2)
+    half = torch.stack([(areas * aspect).sqrt(), (areas / aspect).sqrt()], 2)
     # the first of ten tries that fits; the whole image where none does
-    fits = (half <= 1).all(2)
+    fits = (half <= 1).all(2) | (area[1] > 1)
     first = fits.float().argmax(1)
     half = half.gather(1, first[:, None, None].expand(-1, 1, 2))[:, 0]
     half = torch.where(fits.any(1, keepdim=True), half, torch.ones_like(half))
-    centre = (2 * u[:, 20:] - 1) * (1 - half)
+    centre = (2 * u[:, 20:] - 1) * (1 - half).abs().clamp(min=shift)
     return torch.cat([centre, half], 1)
 
 
@@ -383,15 +385,15 @@ def jitter(images, generator, strength, grey):
     return mean.lerp(images, contrast).mul(brightness * tint).clamp(0, 255)
 
 
-def augment(images, generator, crop=0.08, flip=True, rotate=0.0, colour=0.0, grey=0.0):
+def augment(images, generator, crop=(0.08, 1.0), shift=0.0, flip=True, rotate=0.0, colour=0.0, grey=0.0):
     """Training images as the network sees them.
 
     Parameters
     ----------
     images : uint8 tensor of shape (N, 3, 64, 64)
     generator : torch.Generator
-    crop : float
-        Least share of the area that a random crop keeps.
+    crop, shift : pair of floats, float
+        Area and shift of the random crops; see `random_boxes`.
     flip : bool
         Mirror every other image.
     rotate : float
@@ -404,7 +406,7 @@ def augment(images, generator, crop=0.08, flip=True, rotate=0.0, colour=0.0, gre
     float tensor of shape (N, 3, 48, 48), values -1 to 1
     """
     n, device = len(images), images.device
-    boxes = random_boxes(n, generator, crop)
+    boxes = random_boxes(n, generator, crop, shift)
     if flip:
         mirrored = torch.rand(n, generator=generator, device=device) < 0.5
         boxes[:, 2] = torch.where(mirrored, -boxes[:, 2], boxes[:, 2])
@@ -434,6 +436,21 @@ def class_weights(counts, power):
     float tensor of shape (nclass,)
     """
     return (counts.sum() / (len(counts) * counts)).float() ** power
+
+
+def make_criterion(weights=None, smoothing=0.0):
+    """The loss: mean cross-entropy of logits N x nclass and labels N, samples weighed by their class.
+
+    nn.CrossEntropyLoss weighs the smoothed labels, too, and so smooths towards rare classes.
+    """
+    if weights is None:
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def criterion(logits, labels):
+        losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        return (losses * weights[labels]).sum() / weights[labels].sum()
+
+    return criterion
 
 
 def one_cycle(done):
@@ -477,7 +494,7 @@ def make_average(net, decay):
 
 def train_epoch(
         model, images, labels, optimizer, scheduler, batch_size, generator, augment, criterion, average=None,
-        amp=False):
+        freeze_norm=False, amp=False):
     """One pass over the training set.
 
     Parameters
@@ -496,6 +513,8 @@ def train_epoch(
         Takes logits and labels, returns the mean loss.
     average : AveragedModel, optional
         Updated after every batch.
+    freeze_norm : bool
+        Leave batch norm's statistics as they are; those of a few photos would be worse than those of many.
     amp : bool
         Compute in bfloat16 where that is safe.
 
@@ -505,6 +524,9 @@ def train_epoch(
         Loss and accuracy, means over the samples of all processes, as they were when each batch was seen.
     """
     model.train()
+    for layer in model.modules() if freeze_norm else ():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
     sums = torch.zeros(3, device=images.device)  # loss, hits, samples; nothing in the loop waits for it
     for batch in torch.randperm(len(images), generator=generator, device=images.device).split(batch_size):
         inputs, target = augment(images.index_select(0, batch), generator), labels[batch]
@@ -709,7 +731,8 @@ class Curves:
         self.writer = SummaryWriter(run.log_dir, purge_step=purge, max_queue=1000)
         # add_hparams would put the settings into a run of their own; without the first of the three
         # summaries, which lists columns, TensorBoard shows the settings in which runs differ
-        settings = {k: str(v) if isinstance(v, bool | None) else v for k, v in run.settings.items()}
+        settings = {key: str(value) if isinstance(value, bool | list | None) else value
+                    for key, value in run.settings.items()}
         _, begun, self.done = hparams(settings, {})
         if run.epoch:
             return
@@ -1002,16 +1025,17 @@ class Learner:
         self.average = make_average(self.net, args.average) if args.average else None
         self.judged = self.average.module if self.average else self.net  # what is validated and kept
         weights = class_weights(counts.to(device), args.balance) if args.balance else None
-        self.criterion = nn.CrossEntropyLoss(weights, label_smoothing=args.smoothing)
+        self.criterion = make_criterion(weights, args.smoothing)
         self.augment = functools.partial(
-            augment, crop=args.crop, flip=args.flip, rotate=args.rotate, colour=args.colour, grey=args.grey)
-        self.batch_size, self.amp = share, args.amp
+            augment, crop=args.crop, shift=args.shift, flip=args.flip, rotate=args.rotate, colour=args.colour,
+            grey=args.grey)
+        self.batch_size, self.freeze_norm, self.amp = share, args.freeze_norm, args.amp
 
     def epoch(self, images, labels, generator):
         """One pass over the training set; see `train_epoch`."""
         return train_epoch(
             self.model, images, labels, self.optimizer, self.scheduler, self.batch_size, generator,
-            self.augment, self.criterion, self.average, self.amp)
+            self.augment, self.criterion, self.average, self.freeze_norm, self.amp)
 
 
 def train(args):
@@ -1129,8 +1153,9 @@ def parse_args(argv=None):
 
     def setting(flag, help, **more):
         values = [recipe[flag.strip("-").replace("-", "_")] for recipe in RECIPES.values()]
-        shown = " / ".join(value.name if isinstance(value, Path) else "none" if value is None else str(value)
-                           for value in values)
+        shown = " / ".join(
+            value.name if isinstance(value, Path) else "none" if value is None else
+            " ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
         recipe.add_argument(flag, help=f"{help} ({shown})", **more)
 
     recipe.add_argument("--recipe", choices=RECIPES, default="textbook",
@@ -1144,7 +1169,9 @@ def parse_args(argv=None):
     setting("--schedule", "of the learning rate", choices=["step", "one-cycle"])
     setting("--step-size", "epochs after which it drops, with step", type=int, metavar="N")
     setting("--gamma", "and by which factor", type=float, metavar="G")
-    setting("--crop", "least share of the area that a random crop keeps", type=float, metavar="A")
+    setting("--crop", "area of random crops, least and most; over 1 beyond the border", type=float, nargs=2,
+            metavar="A")
+    setting("--shift", "how far a crop of the whole may be off its centre", type=float, metavar="S")
     setting("--flip", "mirror every other image; --no-flip for left against right",
             action=argparse.BooleanOptionalAction)
     setting("--rotate", "random turns up to this many degrees", type=float, metavar="D")
@@ -1153,6 +1180,8 @@ def parse_args(argv=None):
     setting("--smoothing", "of the labels", type=float, metavar="S")
     setting("--average", "decay of a moving average of the weights; 0: none", type=float, metavar="D")
     setting("--balance", "rare classes count more; 1: all the same in sum", type=float, metavar="P")
+    setting("--freeze-norm", "leave batch norm's statistics as the weights have them",
+            action=argparse.BooleanOptionalAction)
     setting("--keep", "the epoch whose weights model.pt gets", choices=["best", "last"])
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
@@ -1185,7 +1214,9 @@ def check_args(args, parser):
     for name in ("epochs", "batch_size", "step_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for most, names in ((1, "crop colour grey smoothing average momentum weight_decay"), (10, "balance"),
+    if not 0 < args.crop[0] <= args.crop[1] <= 4:
+        parser.error("--crop must be two numbers, the smaller first, over 0 and up to 4")
+    for most, names in ((1, "shift colour grey smoothing average momentum weight_decay"), (10, "balance"),
                         (180, "rotate"), (2**31, "seed"), (math.inf, "gamma")):
         for name in names.split():
             if not 0 <= getattr(args, name) <= most:  # not a number fails, too

@@ -44,9 +44,13 @@ def test_random_boxes_are_distributed_as_torchvisions():
         assert largest_gap(measure(ours), measure(theirs)) < 1.95 * (2 / n) ** 0.5
 
 
-def test_boxes_lie_inside_the_image():
+def test_boxes_lie_inside_the_image_unless_they_may_go_beyond_it():
     boxes = random_boxes(5000, torch.Generator().manual_seed(1))
     assert (boxes[:, :2].abs() + boxes[:, 2:] <= 1 + 1e-6).all()
+    wide = random_boxes(5000, torch.Generator().manual_seed(1), (0.4, 1.4), 0.12)
+    area = wide[:, 2] * wide[:, 3]
+    assert 0.4 <= area.min() < 0.42 and 1.38 < area.max() <= 1.4 + 1e-6 and abs(float(area.mean()) - 0.9) < 0.02
+    assert (wide[:, :2].abs() <= (1 - wide[:, 2:]).abs().clamp(min=0.12) + 1e-6).all()
 
 
 @pytest.mark.parametrize("left, top, width, height", [(0, 0, 64, 64), (5, 9, 50, 44), (20, 10, 30, 40), (40, 44, 20, 18)])
@@ -186,6 +190,19 @@ def test_calibration_error_by_hand_and_temperature_mends_it():
     assert train.calibration_error((3 * true).softmax(1), labels) > 0.1 > 0.04 > train.calibration_error(true.softmax(1), labels)
 
 
+def test_smoothing_does_not_favour_rare_classes():
+    """With the loss that is least for these labels, a rare class is no likelier than another wrong one."""
+    labels, weights = torch.tensor([0] * 50 + [1] * 49 + [2]), torch.tensor([1.0, 1.0, 8.0])
+    logits = torch.zeros(3, 3, requires_grad=True)
+    criterion, optimizer = train.make_criterion(weights, 0.1), torch.optim.SGD([logits], 1.0)
+    for _ in range(500):
+        optimizer.zero_grad()
+        criterion(logits[labels], labels).backward()
+        optimizer.step()
+    wrong = logits.detach().softmax(1)[0, 1:]
+    assert float(wrong[0]) == pytest.approx(float(wrong[1]), rel=0.05) and float(wrong[0]) == pytest.approx(0.1 / 3, rel=0.1)
+
+
 def test_rare_classes_weigh_more():
     counts = torch.tensor([90, 10])
     assert torch.equal(train.class_weights(counts, 0.0), torch.ones(2))
@@ -197,7 +214,7 @@ def test_augmentation_keeps_levels_and_mirrors_turn_about_the_centre(mouths):
     paths = sorted((mouths / "data" / "train").glob("*/*.png"))
     images = load_images(paths, 64, mouths / "cache")
     for recipe in train.RECIPES:
-        settings = {key: train.RECIPES[recipe][key] for key in ("crop", "flip", "rotate", "colour", "grey")}
+        settings = {key: train.RECIPES[recipe][key] for key in ("crop", "shift", "flip", "rotate", "colour", "grey")}
         batch = train.augment(images, torch.Generator().manual_seed(0), **settings)
         assert batch.shape == (32, 3, 48, 48) and -1 <= batch.min() < batch.max() <= 1
         assert torch.equal(batch, train.augment(images, torch.Generator().manual_seed(0), **settings))
