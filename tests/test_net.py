@@ -80,6 +80,68 @@ def test_textbook_checkpoints_load_without_json(tmp_path):
     assert load_model(tmp_path / "parallel.pth").classes == CLASSES
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda weights: {"state_dict": weights, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}},
+    lambda weights: {"model_state_dict": weights, "loss": 0.1},
+    lambda weights: {"model": {f"module.{key}": value for key, value in weights.items()}, "args": {"lr": 0.1}},
+    lambda weights: {"state_dict": {f"model._orig_mod.{key}": value for key, value in weights.items()}},
+    lambda weights: {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in weights.items()},
+    lambda weights: {key: value.half() for key, value in weights.items()},
+], ids=["state_dict", "model_state_dict", "DataParallel in a checkpoint", "Lightning, compiled", "average", "half"])
+def test_state_dicts_that_other_programs_wrapped_load(tmp_path, wrap):
+    weights = simpleconv3(4).state_dict()
+    torch.save(wrap(weights), tmp_path / "theirs.pt")
+    loaded = load_model(tmp_path / "theirs.pt").state_dict()
+    for key, value in weights.items():
+        torch.testing.assert_close(loaded[key], value, atol=1e-3, rtol=1e-3)
+
+
+def test_a_checkpoint_of_a_training_run_loads_as_the_model_that_it_kept(mouths, tmp_path):
+    import train
+
+    train.main(["--data", str(mouths / "data"), "--models", str(tmp_path), "--logs", str(tmp_path / "logs"),
+                "--device", "cpu", "--recipe", "strong", "--epochs", "2"])
+    model, checkpoint = (load_model(tmp_path / name) for name in ("model.pt", "checkpoint.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), checkpoint.state_dict().values()))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_json_file_that_an_editor_saved_anew_keeps_its_class_names(tmp_path, encoding):
+    model = simpleconv3(4)
+    model.classes = ("无", "嘟嘴", "微笑", "张嘴")
+    save_model(model, tmp_path / "model.pt")
+    text = (tmp_path / "model.json").read_text("utf-8").replace("\n", "\r\n")
+    (tmp_path / "model.json").write_bytes(text.encode(encoding))
+    assert load_model(tmp_path / "model.pt").classes == model.classes
+
+
+def test_predict_takes_what_notebooks_have():
+    torch.manual_seed(0)
+    model, crop = simpleconv3(4).eval(), np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    expected = predict(model, [crop])
+    torch.testing.assert_close(predict(torch.nn.DataParallel(model), [crop]), expected)
+    grey = crop[..., 0]
+    assert torch.equal(predict(model, [grey]), predict(model, [grey[..., None]]))
+    assert torch.equal(predict(model, np.stack([crop, crop])), expected.expand(2, -1))
+    for odd, why in (([crop / 255], "float64"), ([crop[..., :2]], r"\(60, 60, 2\)"), (Image.fromarray(crop), "one image"),
+                     (grey, "one image")):
+        with pytest.raises(ValueError, match=why):
+            predict(model, odd)
+    half = predict(model.half(), [crop])
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, atol=2e-2, rtol=0)
+
+
+def test_without_a_path_the_own_model_comes_before_the_one_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(net, "PRETRAINED", tmp_path / "theirs.pt")
+    with pytest.raises(FileNotFoundError, match="theirs.pt: no such model"):
+        load_model()
+    for path in (net.PRETRAINED, net.MODEL):
+        save_model(simpleconv3(4), path)
+        assert load_model().path == path
+
+
 def altered(key, value):
     """The network's weights with one of them replaced or added."""
     return simpleconv3(4).state_dict() | {key: value}

@@ -337,6 +337,107 @@ def test_a_run_is_not_resumed_on_other_images(run, mouths, tmp_path):
         main(["--resume", "--epochs", "2", "--device", "cpu"])
 
 
+def test_a_run_is_resumed_on_the_devices_that_there_are(run, tmp_path, capsys):
+    run("--epochs", 1)
+    path = tmp_path / "models" / "checkpoint.pt"
+    torch.save(weights(path) | {"device": "cuda"}, path)
+    run("--resume", "--epochs", 2)
+    assert "the run was begun on cuda; it goes on on cpu" in capsys.readouterr().out
+    assert weights(path)["epoch"] == 2
+
+
+@pytest.mark.parametrize("flags, learnt", [([], False), (["--no-flip"], True)])
+def test_classes_that_mirror_each_other_are_learnt_without_flips(tmp_path, flags, learnt):
+    for part, n in (("train", 32), ("val", 12)):
+        for label, left in (("left", 200), ("right", 60)):
+            (tmp_path / "data" / part / label).mkdir(parents=True)
+            for i in range(n):
+                levels = np.full((64, 64), 130, np.uint8)
+                levels[:, :32], levels[:, 32:] = left - i, 260 - left + i
+                Image.fromarray(levels).save(tmp_path / "data" / part / label / f"{i}.png")
+    main(["--data", str(tmp_path / "data"), "--models", str(tmp_path), "--logs", str(tmp_path / "logs"), *flags,
+          "--device", "cpu", "--batch-size", "16", "--epochs", "8", "--lr", "0.02", "--crop", "0.6", "1"])
+    last = json.loads((tmp_path / "model.json").read_text("utf-8"))["last"]["val_acc"]
+    assert (last > 0.95) == learnt and (learnt or last < 0.75)
+
+
+def test_training_from_weights_begins_with_what_they_know(run, tmp_path, capsys):
+    run("--epochs", 12, "--lr", 0.03)
+    about = run("--weights", tmp_path / "models" / "model.pt", "--epochs", 1, "--lr", 1e-9, "--freeze-norm",
+                "--models", "again")
+    assert about["last"]["val_acc"] == 1.0
+    known, again = (weights(tmp_path / folder / "model.pt") for folder in ("models", "again"))
+    for key in known:
+        if "num_batches" not in key:
+            torch.testing.assert_close(again[key], known[key], atol=1e-6, rtol=0)
+    with pytest.raises(SystemExit, match="error: gone.pt: no such model"):
+        run("--weights", "gone.pt")
+
+
+def test_the_last_layers_weights_go_to_classes_of_the_same_name(tmp_path):
+    old = simpleconv3(3)
+    old.classes = ("a", "b", "c")
+    save_model(old, tmp_path / "old.pt")
+    new = train.make_net(("c", "new", "a"), tmp_path / "old.pt")
+    assert torch.equal(new.fc3.weight[[0, 2]], old.fc3.weight[[2, 0]])
+    assert torch.equal(new.fc3.bias[[0, 2]], old.fc3.bias[[2, 0]])
+    assert not any(torch.equal(new.fc3.weight[1], row) for row in old.fc3.weight)
+    assert torch.equal(new.fc1.weight, old.fc1.weight)
+
+
+def test_of_a_few_images_some_are_left_out_in_turns(run, mouths, capsys):
+    run("--epochs", 12, "--lr", 0.03)
+    assert re.search(r"trained on four fifths of all 40 images in turns, it names \d+\.\d% of the rest", capsys.readouterr().out)
+    args = train.parse_args(["--data", str(mouths / "data"), "--epochs", "2000"])
+    assert train.leave_some_out(args) is None  # it would take minutes
+
+
+@pytest.mark.parametrize("recipe, kept", [("textbook", "best"), ("strong", "last")])
+def test_a_recipe_that_ends_at_rest_keeps_its_last_epoch(run, tmp_path, monkeypatch, recipe, kept):
+    """Validation that grows worse with every epoch: the first one is the best."""
+    real, losses = train.score, iter(range(10))
+    monkeypatch.setattr(train, "score", lambda *args: real(*args) | {"val_acc": 1 - 0.1 * next(losses)})
+    about = run("--recipe", recipe, "--epochs", 3, "--lr", 0.01)
+    assert about["kept"] == kept and about["best"]["epoch"] == 1 and about["last"]["epoch"] == 3
+    state = weights(tmp_path / "models" / "checkpoint.pt")
+    judged = state["average"] or {f"module.{key}": value for key, value in state["model"].items()}
+    same = torch.equal(weights(tmp_path / "models" / "model.pt")["fc3.weight"], judged["module.fc3.weight"])
+    assert same == (kept == "last")
+
+
+def test_a_temperature_is_fitted_on_many_validation_images_only():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (400,))
+    logits = 9 * torch.nn.functional.one_hot(torch.where(torch.rand(400) < 0.8, labels, 1 - labels), 2).float()
+    assert train.calibrate(logits, labels)["temperature"] > 2
+    assert train.calibrate(logits[:199], labels[:199])["temperature"] == 1.0
+
+
+def test_computing_in_bfloat16_learns_as_well(run):
+    assert run("--epochs", 12, "--lr", 0.03, "--amp")["best"]["val_acc"] == 1.0
+
+
+def test_a_checkpoint_of_an_earlier_version_says_so(run, tmp_path):
+    (tmp_path / "models").mkdir()
+    torch.save({"net": simpleconv3(2).state_dict(), "momentum": [], "log_dir": "x"}, tmp_path / "models" / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="an earlier version of train.py wrote it.; start again without --resume"):
+        run("--resume")
+
+
+def test_links_are_followed_but_not_in_circles_and_hidden_things_are_left_out(mouths, tmp_path):
+    shutil.copytree(mouths / "data" / "train" / "dark", tmp_path / "elsewhere")
+    (tmp_path / "set" / "dark").mkdir(parents=True)
+    (tmp_path / "set" / "dark" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "dark" / "circle").symlink_to(tmp_path / "set" / "dark")
+    (tmp_path / "set" / "empty").mkdir()
+    for hidden in (".hidden/x.png", "dark/.x.png", "dark/.thumbnails/x.png", "dark/notes.txt"):
+        path = tmp_path / "set" / hidden
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(next((tmp_path / "elsewhere").iterdir()), path)
+    folder = train.CropFolder(tmp_path / "set")
+    assert folder.classes == ["dark"] and len(folder) == 16
+
+
 def test_ctrl_c_before_an_epoch_is_done_promises_nothing(run, monkeypatch):
     run("--epochs", 1)
 
