@@ -27,6 +27,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -47,7 +48,7 @@ import cv2
 import dlib
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -76,6 +77,7 @@ JOURNAL = "manifest.csv.part"  # and the process's number: what is done, until t
 # --- reading a photo
 
 HEIC = (".heic", ".heif", ".hif")  # what iPhones make
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # as such files begin
 try:  # Pillow reads them with its help; nothing else needs it
     import pillow_heif
 
@@ -83,8 +85,19 @@ try:  # Pillow reads them with its help; nothing else needs it
 except ImportError:
     pillow_heif = None
 
-# Pillow warns of photos over 89 million pixels, which are read here like others up to MAX_PIXELS
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What Pillow has to say about odd metadata, or photos over 89 million pixels, would break the progress bar
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+TURNS = {  # by EXIF orientation, what makes a photo upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_photo(source):
@@ -135,7 +148,7 @@ def _decode(source, least=None):
     """
     data = source if isinstance(source, bytes) else read_file(source)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(without_text(data))) as image:
             size = image.size
             if not 0 < size[0] * size[1] <= MAX_PIXELS:
                 raise OSError(f"{size[0]} x {size[1]} pixels")
@@ -144,18 +157,48 @@ def _decode(source, least=None):
             if least:
                 image.draft("RGB", (least, least))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            image = upright(image)
             if (image.width < image.height) != (size[0] < size[1]):
                 size = size[::-1]
             return _rgb(image), size
     except UnidentifiedImageError:  # which names an object in memory
-        if not pillow_heif and data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        if not pillow_heif and is_heic(data):
             raise OSError("HEIC; 'pip install pillow-heif', and it can be read") from None
         raise OSError("no image, or of a kind that Pillow does not know") from None
     except OSError:
         raise
     except Exception as error:  # decoders raise almost anything on hostile files
         raise OSError(f"not a readable image ({error})") from None
+
+
+def is_heic(data):
+    """Whether a file that begins with these bytes is HEIC, whatever its name says."""
+    return data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
+
+
+def without_text(data):
+    """A PNG without its texts and colour profile; any other file as it is.
+
+    Image generators write megabytes of text, and profiles for print are as large: Pillow refuses either.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    chunks, at = [data[:8]], 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at:at + 4])
+        if data[at + 4:at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            chunks.append(memoryview(data)[at:end])
+        at = end
+    return b"".join(chunks)
+
+
+def upright(image):
+    """A PIL image turned as its EXIF orientation says; other metadata, and broken ones, cost nothing."""
+    try:
+        turn = TURNS[int(image.getexif()[ExifTags.Base.Orientation])]
+    except Exception:  # there is none, or it may be anything at all
+        return image
+    return image.transpose(turn)
 
 
 def _rgb(image):
@@ -918,15 +961,20 @@ def is_ours(row):
     return is_name(label) and is_name(crop) and crop == crop_name(label, row["sha1"])
 
 
-def is_heic(row):
+def needs_heif(row, photos):
     """Whether a row is of an unreadable photo that pillow-heif may be able to read."""
-    return row["status"] == "unreadable" and row["source"].lower().endswith(HEIC)
+    if row["status"] != "unreadable" or not row["sha1"]:
+        return False
+    with contextlib.suppress(OSError):
+        return is_heic(read_file(photos / row["source"])[:12])
+    return False
 
 
-def worth_a_try(row, path):
+def worth_a_try(row, photos):
     """Whether a photo that could not be read now can: permissions, or what is installed, may have changed."""
+    path = photos / row["source"]
     if row["sha1"]:
-        return bool(pillow_heif) and is_heic(row)
+        return bool(pillow_heif) and needs_heif(row, photos)
     return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
 
 
@@ -946,7 +994,7 @@ def still_true(row, photos, crops):
 
 def known_rows(before, sources, photos, crops):
     """What of the manifest's rows `before` and of the journals still holds: dict of source to row."""
-    before = [row for row in before if not worth_a_try(row, photos / row["source"])]
+    before = [row for row in before if not worth_a_try(row, photos)]
     rows = {row["source"]: row for row in (*before, *read_journals(crops))
             if sources.get(row["source"]) == row["class"] and still_true(row, photos, crops)}
     classes = defaultdict(set)
@@ -1146,8 +1194,8 @@ def report(photos, rows):
     for folder in sorted(photos.iterdir()):
         if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
             print(printable(f"{folder}: empty, so there is no class of this name"))
-    heic = sum(map(is_heic, rows))
-    if heic and not pillow_heif:
+    heic = 0 if pillow_heif else sum(needs_heif(row, photos) for row in rows)
+    if heic:
         print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' "
               "and the same command again would read")
 

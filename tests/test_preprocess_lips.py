@@ -1,14 +1,17 @@
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED, shared
+from hostile import chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -64,6 +67,95 @@ def test_formats_are_known_by_content_not_by_name(tmp_path, orl, format):
     Image.fromarray(orl["s05_1"]).save(tmp_path / "x", format)
     (tmp_path / "x").rename(tmp_path / "photo.txt")
     assert read_photo(tmp_path / "photo.txt").shape == (112, 92, 3)
+
+
+def ifd(*entries):
+    """EXIF data as files hold them: entries of (tag, type, count, bytes)."""
+    at, heads, tail = 8 + 2 + 12 * len(entries) + 4, b"", b""
+    for tag, kind, count, data in sorted(entries):
+        value = data.ljust(4, b"\0") if len(data) <= 4 else struct.pack("<I", at + len(tail))
+        tail += data if len(data) > 4 else b""
+        heads += struct.pack("<HHI", tag, kind, count) + value
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + heads + bytes(4) + tail
+
+
+UPSIDE_DOWN = (0x0112, 3, 1, b"\3\0")
+
+
+@pytest.mark.parametrize(
+    "tag", [0x010F, 0x0131, 0x0132, 0x011A, 0x8298, 0x8769, 0x8825, 0x9286, 0x927C, 0xA005, 700]
+)
+def test_metadata_of_any_kind_cost_no_pixels_and_hide_no_orientation(orl, tag):
+    image = Image.fromarray(orl["s05_1"]).convert("RGB").rotate(180)
+    lossless = np.asarray(image.rotate(180))
+    for kind in (*range(19), 65535):
+        for count in (0, 1, 3, 2**31 - 1):
+            exif = ifd(UPSIDE_DOWN, (tag, kind, count, bytes(range(1, 25))[: min(count, 3) * 8]))
+            for format in ("PNG", "JPEG", "WEBP") if count == 1 else ("PNG",):
+                file = io.BytesIO()
+                image.save(file, format, exif=b"Exif\0\0" * (format == "JPEG") + exif, quality=95)
+                photo = read_photo(file.getvalue())
+                assert np.abs(photo.astype(int) - lossless).mean() < (0.1 if format == "PNG" else 4), (
+                    kind,
+                    count,
+                )
+
+
+def test_orientations_that_are_none_leave_the_photo_as_it_is(orl):
+    image = Image.fromarray(orl["s05_1"])
+    for kind in (*range(19), 65535):
+        for value in (bytes(8), b"\xff" * 8, b"x" * 8):
+            file = io.BytesIO()
+            image.save(file, "PNG", exif=ifd((0x0112, kind, 1, value)))
+            assert np.array_equal(read_photo(file.getvalue())[..., 0], orl["s05_1"])
+
+
+def test_texts_and_profiles_of_megabytes_cost_no_pixels(orl):
+    file = io.BytesIO()
+    Image.fromarray(orl["s05_1"]).save(file, "PNG")
+    png, noise = file.getvalue(), os.urandom(1_500_000)
+    letters = noise.hex().encode()
+    for more in (
+        chunk(b"tEXt", b"parameters\0" + letters),
+        chunk(b"zTXt", b"prompt\0\0" + zlib.compress(letters)),
+        chunk(b"iTXt", b"workflow\0\0\0\0\0" + letters),
+        chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(letters)),
+        chunk(b"iCCP", b"press\0\0" + zlib.compress(noise)),
+        chunk(b"tEXt", b"Comment\0" + letters[:900_000]) * 80,
+        chunk(b"zTXt", b"cut short"),
+    ):
+        for at in (33, len(png) - 12):  # before the pixels and after them
+            assert np.array_equal(read_photo(png[:at] + more + png[at:])[..., 0], orl["s05_1"])
+
+
+def test_nothing_that_pillow_says_of_odd_photos_reaches_the_terminal(orl, tmp_path):
+    file, tiff = io.BytesIO(), io.BytesIO()
+    Image.fromarray(orl["s05_1"]).save(file, "JPEG")
+    Image.fromarray(orl["s05_1"]).convert("RGB").save(tiff, "TIFF")
+    jpeg, tiff = file.getvalue(), tiff.getvalue()
+
+    def segment(kind, data):
+        return b"\xff" + kind + struct.pack(">H", len(data) + 2) + data
+
+    mpf = ifd((0xB001, 4, 1, b"\2\0\0\0"), (0xB002, 7, 8, bytes(8)))
+    odd = {
+        "malformed mpo.jpg": jpeg[:2] + segment(b"\xe2", b"MPF\0" + mpf) + jpeg[2:],
+        "cut exif.jpg": jpeg[:2]
+        + segment(b"\xe1", b"Exif\0\0" + ifd(UPSIDE_DOWN, (700, 2, 99, b"x" * 9)))
+        + jpeg[2:],
+        "samples.tif": tiff.replace(struct.pack("<HHIH", 277, 3, 1, 3), struct.pack("<HHIH", 277, 3, 1, 99)),
+        "cut.tif": tiff[:-40],
+    }
+    for name, data in odd.items():
+        (tmp_path / name).write_bytes(data)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from preprocess_lips import read_photo\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(read_photo(path).shape)\n"
+        "    except OSError: print('unreadable')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *odd], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines() == 2 * ["(112, 92, 3)"] + 2 * ["unreadable"]
 
 
 # --- cutting
