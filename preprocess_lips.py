@@ -37,6 +37,7 @@ import stat
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -44,13 +45,20 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import dlib
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tabulate import tabulate
 from tqdm import tqdm
+
+try:
+    import cv2
+except ModuleNotFoundError:
+    raise
+except ImportError as error:  # it needs libraries of a desktop, which slim containers lack
+    raise ImportError(f"OpenCV cannot be loaded ({error}); on Debian and Ubuntu 'apt-get install libgl1 "
+                      "libglib2.0-0' brings what it needs") from None
 
 CROP_SIDE = 128  # pixels
 CROP_MARGIN = 1.5  # side of the crop over the side of the landmarks' bounding square
@@ -602,8 +610,28 @@ def _scaled(image, scale):
 
 # --- a folder of photos, with workers that may die
 
+# Folders and files of other programs, in small letters: thumbnails, recycle bins, notes of a desktop
+OTHERS = {
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
+    "recycler", "system volume information", "lost+found", "network trash folder", "temporary items",
+    "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r",
+}
 AHEAD = 3  # photos that a worker has before it, so that it never waits for the next
 BATCH = 16  # photos that go to the journal at once: flushing a folder takes longer than a photo
+
+
+def is_hidden(name):
+    """Whether a file or folder is hidden, or another program's own, and so neither a class nor a photo."""
+    return name.startswith((".", "~$")) or name.lower() in OTHERS
+
+
+def composed(name):
+    """A name with its accents as Linux and Windows write them; Macs take them apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def class_folders(path):
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
 
 
 def list_photos(photos):
@@ -613,15 +641,34 @@ def list_photos(photos):
     vanish without a word.
     """
     found = []
-    for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in class_folders(photos):
         closed = []  # errors
         for place, folders, files in os.walk(folder, onerror=closed.append):
             place = Path(place)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
             files += [name for name in folders if (place / name).is_symlink()]  # which may lead in circles
-            found += [((place / name).relative_to(photos).as_posix(), folder.name) for name in files]
-        found += [(Path(error.filename).relative_to(photos).as_posix(), folder.name) for error in closed]
-    return sorted(found)
+            found += [place / name for name in files if not is_hidden(name)]
+        found += [Path(error.filename) for error in closed]
+    sources = [path.relative_to(photos) for path in found]
+    return sorted((source.as_posix(), composed(source.parts[0])) for source in sources)
+
+
+def sets_of_classes(photos):
+    """The class folders that hold nothing but folders of the same names, as raw/train and raw/test do.
+
+    Returns
+    -------
+    (folders, names) : list of Path, set of str
+        Empty where there are no such folders.
+    """
+    names = {}
+    for folder in class_folders(photos):
+        with contextlib.suppress(OSError):
+            entries = [path for path in folder.iterdir() if not is_hidden(path.name)]
+            if entries and all(path.is_dir() for path in entries):
+                names[folder] = {path.name for path in entries}
+    common = set.intersection(*names.values()) if names else set()
+    return (list(names), common) if len(names) > 1 and len(common) > 1 else ([], set())
 
 
 def perceptual_hash(image, side=16):
@@ -1187,12 +1234,12 @@ def table(rows):
 def report(photos, rows):
     """Print the table of `rows`, and what a user may have overlooked in the folder of photos."""
     print(table(rows))
-    loose = sum(path.is_file() and not path.name.startswith(".") for path in photos.iterdir())
+    loose = sum(path.is_file() and not is_hidden(path.name) for path in photos.iterdir())
     if loose:
         print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
     classes = {row["class"] for row in rows}
-    for folder in sorted(photos.iterdir()):
-        if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
+    for folder in class_folders(photos):
+        if composed(folder.name) not in classes:
             print(printable(f"{folder}: empty, so there is no class of this name"))
     heic = 0 if pillow_heif else sum(needs_heif(row, photos) for row in rows)
     if heic:
@@ -1226,6 +1273,11 @@ def main(argv=None):
             raise ValueError(f"{crops}: lies within {photos}, and the next run would take the crops "
                              "for photos; name another folder")
         landmark_file()
+        sets, names = sets_of_classes(photos)
+        if sets:
+            print(printable(f"{', '.join(folder.name for folder in sets)} hold nothing but folders, of the "
+                            f"same names ({', '.join(sorted(names))}): if those are the classes, the folder "
+                            f"of photos is {sets[0]}"))
         start = time.perf_counter()
         workers = min(max(1, args.workers), 61)  # Windows waits for no more
         rows, new, known = preprocess(photos, crops, workers)

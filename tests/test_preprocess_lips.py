@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -469,6 +470,95 @@ def test_settle_keeps_the_first_copy_whatever_the_order():
 
     assert [r["status"] for r in settle([row("a/2"), row("a/1")])] == ["ok", "duplicate"]
     assert [r["status"] for r in settle([row("b/1"), row("a/1"), row("a/2")])] == ["conflict"] * 3
+
+
+def test_what_other_programs_leave_among_the_photos_is_no_class_and_no_photo(photos, tmp_path, capsys):
+    for path in sorted(photos.glob("*/*"))[2:]:
+        path.unlink()
+    kept = [path.relative_to(photos).as_posix() for path in photos.glob("*/*")]
+    face = (photos / kept[0]).read_bytes()
+    for name in (
+        "@eaDir/0none/SYNOPHOTO_THUMB_M.jpg",
+        "0none/@eaDir/s01_1.png/SYNOPHOTO_THUMB_XL.jpg",
+        "#recycle/0none/old.png",
+        "@Recycle/x.png",
+        "__MACOSX/0none/._s01_1.png",
+        "$RECYCLE.BIN/a.png",
+        "System Volume Information/a.png",
+        "lost+found/a.png",
+        "0none/._s01_1.png",
+        "0none/.DS_Store",
+        "0none/Thumbs.db",
+        "0none/desktop.ini",
+        "0none/Icon\r",
+        "0none/deep/.@__thumb/s01_1.png",
+        "Desktop.ini",
+        "0none/.IMG_0001.HEIC.icloud",
+        "0none/~$list.docx",
+    ):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(face)
+    (photos / "2smile").rmdir()
+    main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
+    assert sorted(rows_of(tmp_path / "crops")) == sorted(kept)
+    out = capsys.readouterr().out
+    assert "empty" not in out and "in no class" not in out
+
+
+def test_sets_of_classes_in_place_of_classes_are_worth_a_line(photos, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    for path in sorted(photos.glob("*/*"))[::6]:
+        target = raw / ("train", "test")[path.name.endswith("1.png")] / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (raw / "train" / ".DS_Store").touch()
+    names = "(0none, 2smile)"
+    said = f"test, train hold nothing but folders, of the same names {names}: if those are the classes, "
+    main([str(raw), str(tmp_path / "crops"), "--workers", "1"])
+    assert capsys.readouterr().out.startswith(f"{said}the folder of photos is {raw / 'test'}\n")
+    shutil.copy(path, raw / "test")  # a class that has photos of its own
+    main([str(raw), str(tmp_path / "crops"), "--workers", "1"])
+    assert "hold nothing" not in capsys.readouterr().out
+
+
+def test_class_names_with_accents_apart_and_together_are_one_class(photos, tmp_path):
+    import split_train_val
+
+    together, apart = "n\u00e9\u00e9", "ne\u0301e\u0301"
+    for label, old in ((together, "0none"), (apart, "2smile")):
+        for path in sorted((photos / old).glob("*"))[2:]:
+            path.unlink()
+        (photos / old).rename(photos / label)
+    if len(list(photos.iterdir())) < 2:
+        pytest.skip("this disk knows that they are one name")
+    main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
+    rows = rows_of(tmp_path / "crops")
+    assert {row["class"] for row in rows.values()} == {together} and len(rows) == 4
+    assert [path.name for path in (tmp_path / "crops").iterdir() if path.is_dir()] == [together]
+    for path in sorted((tmp_path / "crops" / together).iterdir())[:2]:  # as a Mac may hand them on
+        (tmp_path / "crops" / apart).mkdir(exist_ok=True)
+        path.rename(tmp_path / "crops" / apart / unicodedata.normalize("NFD", path.name))
+    split_train_val.main([str(tmp_path / "crops"), str(tmp_path / "out")])
+    assert {path.name for path in tmp_path.glob("out/*/*")} == {together}
+    assert len(list(tmp_path.glob("out/*/*/*"))) == 4
+    sources = {row["group"] for row in read_csv(tmp_path / "out" / "split.csv")}
+    assert sources <= set(rows)  # the manifest's rows are found
+    main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
+    split_train_val.main([str(tmp_path / "crops"), str(tmp_path / "out")])
+    assert (
+        len(list(tmp_path.glob("out/*/*/*"))) == 4
+    )  # made anew under the other name, and still one crop a photo
+
+
+def test_without_the_libraries_of_a_desktop_the_message_says_what_to_install(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import preprocess_lips"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and "libGL.so.1" in done.stderr
+        and "'apt-get install libgl1 libglib2.0-0'" in done.stderr
+    )
 
 
 def test_errors_name_the_folder_and_the_way_out(shell, tmp_path):
