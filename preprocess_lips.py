@@ -27,6 +27,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -36,6 +37,7 @@ import stat
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -43,13 +45,20 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import dlib
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tabulate import tabulate
 from tqdm import tqdm
+
+try:
+    import cv2
+except ModuleNotFoundError:
+    raise
+except ImportError as error:  # it needs libraries of a desktop, which slim containers lack
+    raise ImportError(f"OpenCV cannot be loaded ({error}); on Debian and Ubuntu 'apt-get install libgl1 "
+                      "libglib2.0-0' brings what it needs") from None
 
 CROP_SIDE = 128  # pixels
 CROP_MARGIN = 1.5  # side of the crop over the side of the landmarks' bounding square
@@ -76,6 +85,7 @@ JOURNAL = "manifest.csv.part"  # and the process's number: what is done, until t
 # --- reading a photo
 
 HEIC = (".heic", ".heif", ".hif")  # what iPhones make
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # as such files begin
 try:  # Pillow reads them with its help; nothing else needs it
     import pillow_heif
 
@@ -83,8 +93,19 @@ try:  # Pillow reads them with its help; nothing else needs it
 except ImportError:
     pillow_heif = None
 
-# Pillow warns of photos over 89 million pixels, which are read here like others up to MAX_PIXELS
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What Pillow has to say about odd metadata, or photos over 89 million pixels, would break the progress bar
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+TURNS = {  # by EXIF orientation, what makes a photo upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_photo(source):
@@ -135,7 +156,7 @@ def _decode(source, least=None):
     """
     data = source if isinstance(source, bytes) else read_file(source)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(without_text(data))) as image:
             size = image.size
             if not 0 < size[0] * size[1] <= MAX_PIXELS:
                 raise OSError(f"{size[0]} x {size[1]} pixels")
@@ -144,18 +165,48 @@ def _decode(source, least=None):
             if least:
                 image.draft("RGB", (least, least))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            image = upright(image)
             if (image.width < image.height) != (size[0] < size[1]):
                 size = size[::-1]
             return _rgb(image), size
     except UnidentifiedImageError:  # which names an object in memory
-        if not pillow_heif and data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        if not pillow_heif and is_heic(data):
             raise OSError("HEIC; 'pip install pillow-heif', and it can be read") from None
         raise OSError("no image, or of a kind that Pillow does not know") from None
     except OSError:
         raise
     except Exception as error:  # decoders raise almost anything on hostile files
         raise OSError(f"not a readable image ({error})") from None
+
+
+def is_heic(data):
+    """Whether a file that begins with these bytes is HEIC, whatever its name says."""
+    return data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
+
+
+def without_text(data):
+    """A PNG without its texts and colour profile; any other file as it is.
+
+    Image generators write megabytes of text, and profiles for print are as large: Pillow refuses either.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    chunks, at = [data[:8]], 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at:at + 4])
+        if data[at + 4:at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            chunks.append(memoryview(data)[at:end])
+        at = end
+    return b"".join(chunks)
+
+
+def upright(image):
+    """A PIL image turned as its EXIF orientation says; other metadata, and broken ones, cost nothing."""
+    try:
+        turn = TURNS[int(image.getexif()[ExifTags.Base.Orientation])]
+    except Exception:  # there is none, or it may be anything at all
+        return image
+    return image.transpose(turn)
 
 
 def _rgb(image):
@@ -559,8 +610,28 @@ def _scaled(image, scale):
 
 # --- a folder of photos, with workers that may die
 
+# Folders and files of other programs, in small letters: thumbnails, recycle bins, notes of a desktop
+OTHERS = {
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin",
+    "recycler", "system volume information", "lost+found", "network trash folder", "temporary items",
+    "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r",
+}
 AHEAD = 3  # photos that a worker has before it, so that it never waits for the next
 BATCH = 16  # photos that go to the journal at once: flushing a folder takes longer than a photo
+
+
+def is_hidden(name):
+    """Whether a file or folder is hidden, or another program's own, and so neither a class nor a photo."""
+    return name.startswith((".", "~$")) or name.lower() in OTHERS
+
+
+def composed(name):
+    """A name with its accents as Linux and Windows write them; Macs take them apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def class_folders(path):
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
 
 
 def list_photos(photos):
@@ -570,15 +641,34 @@ def list_photos(photos):
     vanish without a word.
     """
     found = []
-    for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in class_folders(photos):
         closed = []  # errors
         for place, folders, files in os.walk(folder, onerror=closed.append):
             place = Path(place)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
             files += [name for name in folders if (place / name).is_symlink()]  # which may lead in circles
-            found += [((place / name).relative_to(photos).as_posix(), folder.name) for name in files]
-        found += [(Path(error.filename).relative_to(photos).as_posix(), folder.name) for error in closed]
-    return sorted(found)
+            found += [place / name for name in files if not is_hidden(name)]
+        found += [Path(error.filename) for error in closed]
+    sources = [path.relative_to(photos) for path in found]
+    return sorted((source.as_posix(), composed(source.parts[0])) for source in sources)
+
+
+def sets_of_classes(photos):
+    """The class folders that hold nothing but folders of the same names, as raw/train and raw/test do.
+
+    Returns
+    -------
+    (folders, names) : list of Path, set of str
+        Empty where there are no such folders.
+    """
+    names = {}
+    for folder in class_folders(photos):
+        with contextlib.suppress(OSError):
+            entries = [path for path in folder.iterdir() if not is_hidden(path.name)]
+            if entries and all(path.is_dir() for path in entries):
+                names[folder] = {path.name for path in entries}
+    common = set.intersection(*names.values()) if names else set()
+    return (list(names), common) if len(names) > 1 and len(common) > 1 else ([], set())
 
 
 def perceptual_hash(image, side=16):
@@ -918,15 +1008,20 @@ def is_ours(row):
     return is_name(label) and is_name(crop) and crop == crop_name(label, row["sha1"])
 
 
-def is_heic(row):
+def needs_heif(row, photos):
     """Whether a row is of an unreadable photo that pillow-heif may be able to read."""
-    return row["status"] == "unreadable" and row["source"].lower().endswith(HEIC)
+    if row["status"] != "unreadable" or not row["sha1"]:
+        return False
+    with contextlib.suppress(OSError):
+        return is_heic(read_file(photos / row["source"])[:12])
+    return False
 
 
-def worth_a_try(row, path):
+def worth_a_try(row, photos):
     """Whether a photo that could not be read now can: permissions, or what is installed, may have changed."""
+    path = photos / row["source"]
     if row["sha1"]:
-        return bool(pillow_heif) and is_heic(row)
+        return bool(pillow_heif) and needs_heif(row, photos)
     return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
 
 
@@ -946,7 +1041,7 @@ def still_true(row, photos, crops):
 
 def known_rows(before, sources, photos, crops):
     """What of the manifest's rows `before` and of the journals still holds: dict of source to row."""
-    before = [row for row in before if not worth_a_try(row, photos / row["source"])]
+    before = [row for row in before if not worth_a_try(row, photos)]
     rows = {row["source"]: row for row in (*before, *read_journals(crops))
             if sources.get(row["source"]) == row["class"] and still_true(row, photos, crops)}
     classes = defaultdict(set)
@@ -1139,15 +1234,15 @@ def table(rows):
 def report(photos, rows):
     """Print the table of `rows`, and what a user may have overlooked in the folder of photos."""
     print(table(rows))
-    loose = sum(path.is_file() and not path.name.startswith(".") for path in photos.iterdir())
+    loose = sum(path.is_file() and not is_hidden(path.name) for path in photos.iterdir())
     if loose:
         print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
     classes = {row["class"] for row in rows}
-    for folder in sorted(photos.iterdir()):
-        if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
+    for folder in class_folders(photos):
+        if composed(folder.name) not in classes:
             print(printable(f"{folder}: empty, so there is no class of this name"))
-    heic = sum(map(is_heic, rows))
-    if heic and not pillow_heif:
+    heic = 0 if pillow_heif else sum(needs_heif(row, photos) for row in rows)
+    if heic:
         print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' "
               "and the same command again would read")
 
@@ -1178,6 +1273,11 @@ def main(argv=None):
             raise ValueError(f"{crops}: lies within {photos}, and the next run would take the crops "
                              "for photos; name another folder")
         landmark_file()
+        sets, names = sets_of_classes(photos)
+        if sets:
+            print(printable(f"{', '.join(folder.name for folder in sets)} hold nothing but folders, of the "
+                            f"same names ({', '.join(sorted(names))}): if those are the classes, the folder "
+                            f"of photos is {sets[0]}"))
         start = time.perf_counter()
         workers = min(max(1, args.workers), 61)  # Windows waits for no more
         rows, new, known = preprocess(photos, crops, workers)

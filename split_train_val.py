@@ -26,8 +26,11 @@ from tqdm import tqdm
 
 from preprocess_lips import (
     MANIFEST,
+    class_folders,
     command_line,
+    composed,
     cores,
+    is_hidden,
     is_name,
     locked,
     perceptual_hash,
@@ -51,14 +54,22 @@ HASH_DISTANCE = 28
 
 
 def list_crops(crops):
-    """All images in the class folders of `crops`: sorted list of (class, file name)."""
-    suffixes = Image.registered_extensions()
-    return sorted(
-        (folder.name, file.name)
-        for folder in crops.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-        for file in folder.iterdir() if not file.name.startswith(".")
-        and file.suffix.lower() in suffixes and file.is_file()
-    )
+    """All images in the class folders of `crops`: dict of (class, file name), sorted, to path.
+
+    Raises
+    ------
+    ValueError
+        Two files have one name, their accents written in two ways.
+    """
+    suffixes, found = Image.registered_extensions(), {}
+    for folder in class_folders(crops):
+        for path in folder.iterdir():
+            if is_hidden(path.name) or path.suffix.lower() not in suffixes or not path.is_file():
+                continue
+            other = found.setdefault((composed(folder.name), composed(path.name)), path)
+            if other != path and other.read_bytes() != path.read_bytes():
+                raise ValueError(f"{path}: has the same name as {other}, written in another way; rename one")
+    return dict(sorted(found.items()))
 
 
 def group_of(path, pattern):
@@ -143,7 +154,7 @@ def merge(groups, pairs):
     return {key: root(name) for key, name in groups.items()}
 
 
-def look_alikes(crops, files, photos):
+def look_alikes(crops, photos):
     """Pairs of crops that are near-duplicates, or whose photos are.
 
     A photo saved anew gives landmarks a pixel further, and a crop that may differ in a hundred bits; the
@@ -151,9 +162,8 @@ def look_alikes(crops, files, photos):
 
     Parameters
     ----------
-    crops : Path
-    files : list of (class, file name)
-        Below `crops`.
+    crops : dict
+        As `list_crops` returns it.
     photos : dict
         For a file the `perceptual_hash` of its photo, 64 hexadecimal digits, where it is known.
 
@@ -162,10 +172,10 @@ def look_alikes(crops, files, photos):
     list of pairs of files
     """
     with ThreadPoolExecutor(cores()) as pool:
-        hashes = pool.map(lambda file: crop_hash(crops.joinpath(*file)), files)
-        hashes = list(tqdm(hashes, "comparing", len(files), leave=False, unit="crop", disable=None))
+        hashes = pool.map(crop_hash, crops.values())
+        hashes = list(tqdm(hashes, "comparing", len(crops), leave=False, unit="crop", disable=None))
     pairs = []
-    for looks in (zip(files, hashes), ((file, photos.get(file, "")) for file in files)):
+    for looks in (zip(crops, hashes), ((file, photos.get(file, "")) for file in crops)):
         same = defaultdict(list)
         for file, look in looks:
             if re.fullmatch("[0-9a-f]{64}", look):
@@ -184,8 +194,8 @@ def find_groups(crops, files, pattern=None):
     Parameters
     ----------
     crops : Path
-    files : list of (class, file name)
-        Below `crops`.
+    files : dict
+        As `list_crops` returns it.
     pattern : re.Pattern, optional
         See `group_of`. It looks at the photo's path in the manifest of `crops`, or at the crop's own path
         where the manifest does not know it.
@@ -201,7 +211,8 @@ def find_groups(crops, files, pattern=None):
     ValueError
         `pattern` finds nothing in any path.
     """
-    photos = {(row["class"], row["crop"]): row for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
+    photos = {(composed(row["class"]), composed(row["crop"])): row
+              for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
     groups = {file: photos[file]["source"] if file in photos else "/".join(file) for file in files}
     alone = []
     if pattern:
@@ -209,7 +220,7 @@ def find_groups(crops, files, pattern=None):
         if len(alone) == len(files):
             raise ValueError(f"--group {pattern.pattern}: found in no photo's path; they are like {alone[0]}")
         groups = {file: group_of(path, pattern) for file, path in groups.items()}
-    pairs = look_alikes(crops, files, {file: row["look"] for file, row in photos.items()})
+    pairs = look_alikes(files, {file: row["look"] for file, row in photos.items()})
     clusters = merge({file: file for pair in pairs for file in pair}, pairs)
     return merge(groups, pairs), (len(clusters), len(set(clusters.values()))), alone
 
@@ -362,7 +373,7 @@ def split(crops, data, seed=0, group=None, link=False):
     write_csv(data / RECORD, COLUMNS, rows + [row for row in old if key_of(row) not in wanted])
     remove(data, made - wanted, wanted)
     for row in tqdm(rows, unit="crop", leave=False, disable=None):
-        place_crop(crops / row["class"] / row["file"], data.joinpath(*key_of(row)), link)
+        place_crop(files[row["class"], row["file"]], data.joinpath(*key_of(row)), link)
     for part, label, _ in made - wanted:
         folder = data / part / label
         if folder.is_dir() and not any(folder.iterdir()):
@@ -422,8 +433,9 @@ def report(args, rows, foreign, alike, alone):
     if alike[0]:
         lines.append(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
     suffixes = Image.registered_extensions()
-    deeper = [path for path in sorted(args.crops.glob("[!.]*/[!.]*/**/*"))
-              if path.suffix.lower() in suffixes and path.is_file()]
+    deeper = [path for path in sorted(args.crops.glob("*/*/**/*"))
+              if path.suffix.lower() in suffixes and path.is_file()
+              and not any(map(is_hidden, path.relative_to(args.crops).parts))]
     if deeper:
         lines.append(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in "
                      f"folders below, such as {deeper[0]}")

@@ -371,16 +371,23 @@ def test_heic_photos_name_the_package_that_reads_them_and_are_tried_again_with_i
     folder.mkdir(parents=True)
     face.save(folder / "usual.png")
     pillow_heif.from_pillow(face).save(folder / "IMG_0001.HEIC")
+    pillow_heif.from_pillow(face.rotate(3)).save(folder / "IMG_0002.jpg", format="HEIF")  # as messengers name them
+    (folder / "IMG_0003.HEIC").write_text("none at all")
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "pillow_heif.py").write_text("raise ImportError")
     without = {"PYTHONPATH": str(tmp_path / "without")}
     said = shell("preprocess_lips.py", "photos", "crops", env=without).stdout
-    assert "1 of the unreadable ones are HEIC, which 'pip install pillow-heif'" in said
+    assert "2 of the unreadable ones are HEIC, which 'pip install pillow-heif'" in said
     save_model(simpleconv3(4), tmp_path / "models" / "model.pt")
     assert "unreadable: HEIC; 'pip install pillow-heif'" in shell("predict.py", folder, env=without).stdout
     assert shell("preprocess_lips.py", "photos", "crops").stdout.count("HEIC") == 0
     status = {source: row["status"] for source, row in rows_of(tmp_path / "crops").items()}
-    assert status == {"a/IMG_0001.HEIC": "ok", "a/usual.png": "ok"}
+    assert status == {
+        "a/IMG_0001.HEIC": "ok",
+        "a/IMG_0002.jpg": "ok",
+        "a/IMG_0003.HEIC": "unreadable",
+        "a/usual.png": "ok",
+    }
     assert "IMG_0001.HEIC  face 1" in shell("predict.py", folder).stdout
     (folder / "IMG_0001.HEIC").write_bytes((folder / "IMG_0001.HEIC").read_bytes()[:200])
     assert "pip" not in (said := shell("predict.py", folder).stdout) and "IMG_0001.HEIC  unreadable" in said

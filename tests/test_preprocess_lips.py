@@ -1,14 +1,18 @@
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import unicodedata
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED, shared
+from hostile import chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -64,6 +68,95 @@ def test_formats_are_known_by_content_not_by_name(tmp_path, orl, format):
     Image.fromarray(orl["s05_1"]).save(tmp_path / "x", format)
     (tmp_path / "x").rename(tmp_path / "photo.txt")
     assert read_photo(tmp_path / "photo.txt").shape == (112, 92, 3)
+
+
+def ifd(*entries):
+    """EXIF data as files hold them: entries of (tag, type, count, bytes)."""
+    at, heads, tail = 8 + 2 + 12 * len(entries) + 4, b"", b""
+    for tag, kind, count, data in sorted(entries):
+        value = data.ljust(4, b"\0") if len(data) <= 4 else struct.pack("<I", at + len(tail))
+        tail += data if len(data) > 4 else b""
+        heads += struct.pack("<HHI", tag, kind, count) + value
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + heads + bytes(4) + tail
+
+
+UPSIDE_DOWN = (0x0112, 3, 1, b"\3\0")
+
+
+@pytest.mark.parametrize(
+    "tag", [0x010F, 0x0131, 0x0132, 0x011A, 0x8298, 0x8769, 0x8825, 0x9286, 0x927C, 0xA005, 700]
+)
+def test_metadata_of_any_kind_cost_no_pixels_and_hide_no_orientation(orl, tag):
+    image = Image.fromarray(orl["s05_1"]).convert("RGB").rotate(180)
+    lossless = np.asarray(image.rotate(180))
+    for kind in (*range(19), 65535):
+        for count in (0, 1, 3, 2**31 - 1):
+            exif = ifd(UPSIDE_DOWN, (tag, kind, count, bytes(range(1, 25))[: min(count, 3) * 8]))
+            for format in ("PNG", "JPEG", "WEBP") if count == 1 else ("PNG",):
+                file = io.BytesIO()
+                image.save(file, format, exif=b"Exif\0\0" * (format == "JPEG") + exif, quality=95)
+                photo = read_photo(file.getvalue())
+                assert np.abs(photo.astype(int) - lossless).mean() < (0.1 if format == "PNG" else 4), (
+                    kind,
+                    count,
+                )
+
+
+def test_orientations_that_are_none_leave_the_photo_as_it_is(orl):
+    image = Image.fromarray(orl["s05_1"])
+    for kind in (*range(19), 65535):
+        for value in (bytes(8), b"\xff" * 8, b"x" * 8):
+            file = io.BytesIO()
+            image.save(file, "PNG", exif=ifd((0x0112, kind, 1, value)))
+            assert np.array_equal(read_photo(file.getvalue())[..., 0], orl["s05_1"])
+
+
+def test_texts_and_profiles_of_megabytes_cost_no_pixels(orl):
+    file = io.BytesIO()
+    Image.fromarray(orl["s05_1"]).save(file, "PNG")
+    png, noise = file.getvalue(), os.urandom(1_500_000)
+    letters = noise.hex().encode()
+    for more in (
+        chunk(b"tEXt", b"parameters\0" + letters),
+        chunk(b"zTXt", b"prompt\0\0" + zlib.compress(letters)),
+        chunk(b"iTXt", b"workflow\0\0\0\0\0" + letters),
+        chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(letters)),
+        chunk(b"iCCP", b"press\0\0" + zlib.compress(noise)),
+        chunk(b"tEXt", b"Comment\0" + letters[:900_000]) * 80,
+        chunk(b"zTXt", b"cut short"),
+    ):
+        for at in (33, len(png) - 12):  # before the pixels and after them
+            assert np.array_equal(read_photo(png[:at] + more + png[at:])[..., 0], orl["s05_1"])
+
+
+def test_nothing_that_pillow_says_of_odd_photos_reaches_the_terminal(orl, tmp_path):
+    file, tiff = io.BytesIO(), io.BytesIO()
+    Image.fromarray(orl["s05_1"]).save(file, "JPEG")
+    Image.fromarray(orl["s05_1"]).convert("RGB").save(tiff, "TIFF")
+    jpeg, tiff = file.getvalue(), tiff.getvalue()
+
+    def segment(kind, data):
+        return b"\xff" + kind + struct.pack(">H", len(data) + 2) + data
+
+    mpf = ifd((0xB001, 4, 1, b"\2\0\0\0"), (0xB002, 7, 8, bytes(8)))
+    odd = {
+        "malformed mpo.jpg": jpeg[:2] + segment(b"\xe2", b"MPF\0" + mpf) + jpeg[2:],
+        "cut exif.jpg": jpeg[:2]
+        + segment(b"\xe1", b"Exif\0\0" + ifd(UPSIDE_DOWN, (700, 2, 99, b"x" * 9)))
+        + jpeg[2:],
+        "samples.tif": tiff.replace(struct.pack("<HHIH", 277, 3, 1, 3), struct.pack("<HHIH", 277, 3, 1, 99)),
+        "cut.tif": tiff[:-40],
+    }
+    for name, data in odd.items():
+        (tmp_path / name).write_bytes(data)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from preprocess_lips import read_photo\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(read_photo(path).shape)\n"
+        "    except OSError: print('unreadable')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *odd], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines() == 2 * ["(112, 92, 3)"] + 2 * ["unreadable"]
 
 
 # --- cutting
@@ -377,6 +470,95 @@ def test_settle_keeps_the_first_copy_whatever_the_order():
 
     assert [r["status"] for r in settle([row("a/2"), row("a/1")])] == ["ok", "duplicate"]
     assert [r["status"] for r in settle([row("b/1"), row("a/1"), row("a/2")])] == ["conflict"] * 3
+
+
+def test_what_other_programs_leave_among_the_photos_is_no_class_and_no_photo(photos, tmp_path, capsys):
+    for path in sorted(photos.glob("*/*"))[2:]:
+        path.unlink()
+    kept = [path.relative_to(photos).as_posix() for path in photos.glob("*/*")]
+    face = (photos / kept[0]).read_bytes()
+    for name in (
+        "@eaDir/0none/SYNOPHOTO_THUMB_M.jpg",
+        "0none/@eaDir/s01_1.png/SYNOPHOTO_THUMB_XL.jpg",
+        "#recycle/0none/old.png",
+        "@Recycle/x.png",
+        "__MACOSX/0none/._s01_1.png",
+        "$RECYCLE.BIN/a.png",
+        "System Volume Information/a.png",
+        "lost+found/a.png",
+        "0none/._s01_1.png",
+        "0none/.DS_Store",
+        "0none/Thumbs.db",
+        "0none/desktop.ini",
+        "0none/Icon\r",
+        "0none/deep/.@__thumb/s01_1.png",
+        "Desktop.ini",
+        "0none/.IMG_0001.HEIC.icloud",
+        "0none/~$list.docx",
+    ):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(face)
+    (photos / "2smile").rmdir()
+    main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
+    assert sorted(rows_of(tmp_path / "crops")) == sorted(kept)
+    out = capsys.readouterr().out
+    assert "empty" not in out and "in no class" not in out
+
+
+def test_sets_of_classes_in_place_of_classes_are_worth_a_line(photos, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    for path in sorted(photos.glob("*/*"))[::6]:
+        target = raw / ("train", "test")[path.name.endswith("1.png")] / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (raw / "train" / ".DS_Store").touch()
+    names = "(0none, 2smile)"
+    said = f"test, train hold nothing but folders, of the same names {names}: if those are the classes, "
+    main([str(raw), str(tmp_path / "crops"), "--workers", "1"])
+    assert capsys.readouterr().out.startswith(f"{said}the folder of photos is {raw / 'test'}\n")
+    shutil.copy(path, raw / "test")  # a class that has photos of its own
+    main([str(raw), str(tmp_path / "crops"), "--workers", "1"])
+    assert "hold nothing" not in capsys.readouterr().out
+
+
+def test_class_names_with_accents_apart_and_together_are_one_class(photos, tmp_path):
+    import split_train_val
+
+    together, apart = "n\u00e9\u00e9", "ne\u0301e\u0301"
+    for label, old in ((together, "0none"), (apart, "2smile")):
+        for path in sorted((photos / old).glob("*"))[2:]:
+            path.unlink()
+        (photos / old).rename(photos / label)
+    if len(list(photos.iterdir())) < 2:
+        pytest.skip("this disk knows that they are one name")
+    main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
+    rows = rows_of(tmp_path / "crops")
+    assert {row["class"] for row in rows.values()} == {together} and len(rows) == 4
+    assert [path.name for path in (tmp_path / "crops").iterdir() if path.is_dir()] == [together]
+    for path in sorted((tmp_path / "crops" / together).iterdir())[:2]:  # as a Mac may hand them on
+        (tmp_path / "crops" / apart).mkdir(exist_ok=True)
+        path.rename(tmp_path / "crops" / apart / unicodedata.normalize("NFD", path.name))
+    split_train_val.main([str(tmp_path / "crops"), str(tmp_path / "out")])
+    assert {path.name for path in tmp_path.glob("out/*/*")} == {together}
+    assert len(list(tmp_path.glob("out/*/*/*"))) == 4
+    sources = {row["group"] for row in read_csv(tmp_path / "out" / "split.csv")}
+    assert sources <= set(rows)  # the manifest's rows are found
+    main([str(photos), str(tmp_path / "crops"), "--workers", "1"])
+    split_train_val.main([str(tmp_path / "crops"), str(tmp_path / "out")])
+    assert (
+        len(list(tmp_path.glob("out/*/*/*"))) == 4
+    )  # made anew under the other name, and still one crop a photo
+
+
+def test_without_the_libraries_of_a_desktop_the_message_says_what_to_install(tmp_path):
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import preprocess_lips"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and "libGL.so.1" in done.stderr
+        and "'apt-get install libgl1 libglib2.0-0'" in done.stderr
+    )
 
 
 def test_errors_name_the_folder_and_the_way_out(shell, tmp_path):

@@ -223,6 +223,14 @@ def test_crops_below_the_class_folders_are_counted_not_forgotten(tmp_path, crops
     assert f"2 images in folders below, such as {crops / 'b/more/deep/x.jpg'}\n" in capsys.readouterr().out
 
 
+def test_what_other_programs_leave_among_the_crops_is_no_class_and_no_crop(tmp_path, crops, capsys):
+    for path in ("@eaDir/a/x.jpg", "a/@eaDir/p0_a00.jpg/x.jpg", "b/.t/x.jpg", "#recycle/x.jpg"):
+        (crops / path).parent.mkdir(parents=True, exist_ok=True)
+        (crops / path).write_text("x")
+    assert len(split(tmp_path)) == 72
+    assert "folders below" not in capsys.readouterr().out
+
+
 def test_groups_that_share_a_pair_become_one():
     groups = {1: "b", 2: "b", 3: "a", 4: "c", 5: "d"}
     assert merge(groups, [(1, 3), (4, 2)]) == {1: "a", 2: "a", 3: "a", 4: "a", 5: "d"}
