@@ -559,8 +559,14 @@ def _scaled(image, scale):
 
 # --- a folder of photos, with workers that may die
 
+NO_CLASSES = ("unsure", "no_face")  # folders of predict.py --sort, for what it does not name
 AHEAD = 3  # photos that a worker has before it, so that it never waits for the next
 BATCH = 16  # photos that go to the journal at once: flushing a folder takes longer than a photo
+
+
+def is_class(path):
+    """Whether this is a class folder."""
+    return path.is_dir() and not path.name.startswith(".") and path.name not in NO_CLASSES
 
 
 def list_photos(photos):
@@ -570,7 +576,7 @@ def list_photos(photos):
     vanish without a word.
     """
     found = []
-    for folder in sorted(p for p in photos.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in sorted(p for p in photos.iterdir() if is_class(p)):
         closed = []  # errors
         for place, folders, files in os.walk(folder, onerror=closed.append):
             place = Path(place)
@@ -1144,7 +1150,9 @@ def report(photos, rows):
         print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
     classes = {row["class"] for row in rows}
     for folder in sorted(photos.iterdir()):
-        if folder.is_dir() and folder.name not in classes and not folder.name.startswith("."):
+        if folder.is_dir() and folder.name in NO_CLASSES:
+            print(printable(f"{folder}: no class; move photos from there to the classes, or leave them"))
+        elif is_class(folder) and folder.name not in classes:
             print(printable(f"{folder}: empty, so there is no class of this name"))
     heic = sum(map(is_heic, rows))
     if heic and not pillow_heif:

@@ -28,6 +28,7 @@ from preprocess_lips import (
     MANIFEST,
     command_line,
     cores,
+    is_class,
     is_name,
     locked,
     perceptual_hash,
@@ -55,7 +56,7 @@ def list_crops(crops):
     suffixes = Image.registered_extensions()
     return sorted(
         (folder.name, file.name)
-        for folder in crops.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+        for folder in crops.iterdir() if is_class(folder)
         for file in folder.iterdir() if not file.name.startswith(".")
         and file.suffix.lower() in suffixes and file.is_file()
     )
@@ -66,7 +67,7 @@ def group_of(path, pattern):
 
     A path that does not match is a group of its own.
     """
-    match = pattern.search(path)
+    match = pattern.search(re.sub(r"(^|/)[01]\.\d{3}(-\d+)?_", r"\1", path))  # without --sort's numbers
     if not match:
         return path
     return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)
