@@ -115,7 +115,7 @@ def predict_photos(sources, model, crops=False, workers=None, largest=False):
 
     Parameters
     ----------
-    sources : sequence of path-like
+    sources : sequence of path-like, or a single one
     model : net.simpleconv3
         In eval mode, as `net.load_model` returns it.
     crops : bool
@@ -130,6 +130,7 @@ def predict_photos(sources, model, crops=False, workers=None, largest=False):
     Result
         One for each source, in their order.
     """
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
     sources = [Path(source) for source in sources]
     workers = min(workers or cores(), len(sources)) or 1
     cropper = None if crops else load_cropper()
@@ -277,8 +278,8 @@ def predict_video(capture, model):
                 known[number] = face, row, missed + 1
 
         numbers = sorted(seen)
-        rows = np.array([known[number][1] for number in numbers]).reshape(-1, len(model.classes))
-        yield Moment(now, frame, numbers, [seen[number] for number in numbers], rows)
+        smooth = np.array([known[number][1] for number in numbers]).reshape(-1, rows.shape[1])
+        yield Moment(now, frame, numbers, [seen[number] for number in numbers], smooth)
 
 
 def frames_of(capture):
@@ -857,7 +858,7 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
 
     Parameters
     ----------
-    photo : uint8 array of shape (H, W, 3), RGB
+    photo : uint8 array of shape (H, W, 3), RGB, or (H, W)
     faces, probabilities
         As in a `Result`.
     classes : sequence of str
@@ -869,7 +870,7 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
     PIL.Image.Image
     """
     scale = max(1.0, least / max(photo.shape[:2]))
-    photo = Image.fromarray(photo)
+    photo = Image.fromarray(photo).convert("RGB")
     photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(photo)
     side = min(photo.size)

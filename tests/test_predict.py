@@ -123,6 +123,19 @@ def test_results_come_in_order_and_do_not_depend_on_the_batch(model, photos):
         np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-5)
 
 
+def test_models_and_photos_as_notebooks_have_them(model, photos):
+    net, files = load_model(model), sorted(photos.rglob("*.png"))[:3]
+    expected = [result.probabilities for result in predict_photos(files, net)]
+    for other in (torch.nn.DataParallel(net), load_model(model).half()):
+        for result, rows in zip(predict_photos(files, other), expected):
+            np.testing.assert_allclose(result.probabilities, rows, atol=0.01)
+    [alone] = predict_photos(str(files[0]), net)
+    np.testing.assert_allclose(alone.probabilities, expected[0], atol=1e-5)
+    grey = np.asarray(Image.open(files[0]))
+    picture = annotate(grey, alone.faces, alone.probabilities, net.classes)
+    assert grey.ndim == 2 and picture.mode == "RGB"
+
+
 def test_scores_by_hand():
     scores = evaluate([(0, 0), (0, 0), (0, 1), (1, 1)], ("a", "b", "c"))
     assert scores["accuracy"] == 0.75 and scores["balanced_accuracy"] == round((2 / 3 + 1) / 2, 4)
