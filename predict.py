@@ -193,17 +193,7 @@ def photo_line(one):
 
 
 def print_photos(files, model, args, copies):
-    """Predict photos and print a line for each face.
-
-    Parameters
-    ----------
-    files : list of (Path, Path)
-        As `list_inputs` returns them.
-    model : net.simpleconv3
-    args : argparse.Namespace
-        Its ``crops`` and ``json``.
-    copies : Copies or None
-        Where annotated copies go.
+    """Predict photos (pairs of `list_inputs`), print a line for each face, and save copies if asked.
 
     Yields
     ------
@@ -351,14 +341,17 @@ class VideoCopy:
     Parameters
     ----------
     source, target : Path
+    frames : int
     seconds : float
-        How long the video says that it is.
+        As `promised_length` returns them.
     """
 
-    def __init__(self, source, target, seconds):
-        self.target, self.seconds = target, seconds
+    def __init__(self, source, target, frames, seconds):
+        self.target, self.promised = target, seconds
         self.temporary = target.resolve().with_name(f".{secrets.token_hex(8)}.mp4")
-        self.rate = copy_rate(frame_times(source), seconds)
+        times = frame_times(source)
+        self.end = max([seconds, *times])
+        self.rate = copy_rate(times, frames, self.end)
         self.writer = self.picture = None
         self.written = 0
 
@@ -380,7 +373,7 @@ class VideoCopy:
     def finish(self, whole):
         """Put the copy at `target`; if the video is `whole`, its last frame lasts until its end."""
         if whole:
-            self._repeat_until(self.seconds)
+            self._repeat_until(self.promised)
         self.writer.release()
         # OpenCV says nothing when the disk is full
         if cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != self.written:
@@ -393,7 +386,7 @@ class VideoCopy:
         self.temporary.unlink(missing_ok=True)
 
     def _repeat_until(self, seconds):
-        while self.picture is not None and self.written < seconds * self.rate - 1:
+        while self.picture is not None and self.written < min(seconds, self.end) * self.rate - 1:
             self._write()
 
     def _write(self):
@@ -402,30 +395,34 @@ class VideoCopy:
 
 
 def frame_times(path):
-    """The times in seconds at which a video file shows its frames, sorted, read without decoding it."""
+    """The seconds after the first frame at which a video shows its frames, sorted, read without decoding."""
     capture = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
     times = set()
     while capture.grab():
         times.add(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-    return sorted(times)
+    return sorted(seconds - min(times) for seconds in times)
 
 
-def copy_rate(times, seconds):
+def copy_rate(times, frames, end):
     """Frames a second of a video's copy: its mean rate where that is steady, or else that of its quick parts.
 
     Parameters
     ----------
     times : list of float
-        As `frame_times` returns them.
-    seconds : float
-        How long the video says that it is.
+        As `frame_times` returns them; empty where it cannot tell.
+    frames : int
+        How many the video says that it has.
+    end : float
+        Its length in seconds.
     """
-    if len(times) < 2:
+    if not end:
         return 25
-    gaps = np.diff(times)
-    mean, quick = 1 / gaps.mean(), 1 / np.percentile(gaps, 10)
-    rate = mean if quick < 1.5 * mean else max(mean, min(quick, 60))
-    rate = min(rate, MOST_REPEATS * len(times) / max(seconds, times[-1] - times[0]))
+    rate = frames / end
+    if len(times) > 1:
+        gaps = np.diff(times)
+        mean, quick = 1 / gaps.mean(), 1 / np.percentile(gaps, 10)
+        rate = mean if quick < 1.5 * mean else max(mean, min(quick, 60))
+    rate = min(rate, 1000, MOST_REPEATS * (len(times) or frames) / end)
     # MPEG-4 divides a second into at most 65,535 parts: 239.977 frames are more than it can hold
     return round(rate, 3 if rate < 65 else 2 if rate < 650 else 1)
 
@@ -483,16 +480,16 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
     NotWritten
         The copy cannot be written.
     """
-    promised, seconds = promised_length(capture)
+    promised = promised_length(capture)
     torch.set_num_threads(1)  # of one crop at a time, more threads only make each other wait
     labels, changes, n = Counter(), Changes(source), 0
     with contextlib.ExitStack() as stack:
         stack.callback(capture.release)
-        copy = VideoCopy(source, target, seconds) if target else None
+        copy = VideoCopy(source, target, *promised) if target else None
         if copy:
             stack.callback(copy.close)
         quiet = True if window else None
-        bar = stack.enter_context(tqdm(total=promised or None, unit="frame", leave=False, disable=quiet))
+        bar = stack.enter_context(tqdm(total=promised[0] or None, unit="frame", leave=False, disable=quiet))
         for moment in predict_video(capture, model):
             n += 1
             result = Result(source, moment.faces, moment.probabilities, "" if moment.faces else NO_FACE)
@@ -511,13 +508,13 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
         if copy and n:
             copy.finish(not cut)
     if cut:
-        text = printable(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded")
+        text = printable(f"{source}  cut short or damaged: {n} of {promised[0]} frames can be decoded")
         print(text, file=sys.stderr if as_lines else sys.stdout)
     return labels
 
 
 def print_videos(files, model, args, copies):
-    """Predict videos and print a line for every change; parameters and yields as in `print_photos`."""
+    """Predict videos and print a line for every change; otherwise as `print_photos`."""
     for file, relative in files:
         copy, labels, error = None, Counter(), ""
         try:
@@ -763,10 +760,7 @@ class Tray:
         stem, head = HEAD.sub("", photo.stem), "" if p is None else f"{int(1000 * p) / 1000:.3f}"
         for n in itertools.count(1):
             start = "-".join(filter(None, [head, str(n) if n > 1 else ""]))
-            start += "_" if start else ""
-            while len(os.fsencode(start + stem + photo.suffix)) > 255:
-                stem = stem[:-1]
-            copy = Path(label, start + stem + photo.suffix)
+            copy = Path(label, file_name(start + "_" if start else "", stem, photo.suffix))
             target = self.folder / copy
             if copy.as_posix().casefold() in self.taken:
                 continue
@@ -949,7 +943,7 @@ class Copies:
     def name(self, relative, suffix):
         """Where below the folder a copy goes: over none of the inputs, and over no other copy."""
         for n in itertools.count(1):
-            name = relative.with_name(f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}")
+            name = relative.with_name(file_name("", relative.stem, ("" if n == 1 else f"_{n}") + suffix))
             path = self.folder / name
             place = self._place(path)
             if place not in self.used and not (path.exists() and path.resolve().parent in self.originals):
@@ -1062,6 +1056,13 @@ def gallery(cards, classes):
 
 def is_video(path):
     return path.suffix.lower() in VIDEOS
+
+
+def file_name(start, stem, end):
+    """A file's name of three parts, the middle one cut where a disk would refuse the whole."""
+    while len(os.fsencode(start + stem + end)) > 255:
+        stem = stem[:-1]
+    return start + stem + end
 
 
 def list_inputs(inputs, videos=False, skip=None):
