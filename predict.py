@@ -6,13 +6,14 @@
     python predict.py --camera 0                    a live window
     python predict.py crops/ --crops --json         mouth crops instead of photos, one JSON object a line
     python predict.py --evaluate data/val --crops   accuracy on a folder of class folders
+    python predict.py crawled/ --sort data/raw      photos into folders by class, the doubtful ones apart
 
 In other code:
 
     import cv2
     from net import load_model
     from predict import predict_photos, predict_video
-    model = load_model("models/model.pt")
+    model = load_model()
     for result in predict_photos(["photo.jpg"], model):
         print(result.faces, result.probabilities)
     for moment in predict_video(cv2.VideoCapture("clip.mp4"), model):
@@ -27,7 +28,10 @@ import io
 import itertools
 import json
 import os
+import re
 import secrets
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -49,17 +53,22 @@ from PIL import Image, ImageDraw
 from tabulate import tabulate
 from tqdm import tqdm
 
-from net import load_model, predict
+from net import PRETRAINED, load_model, predict
 from preprocess_lips import (
     HEIC,
+    NO_CLASSES,
     Face,
     LipCropper,
+    command_line,
     cores,
-    end_output,
     label_font,
+    locked,
     printable,
     read_photo,
+    sweep,
+    temporary,
     write_file,
+    writing,
 )
 
 BATCH = 32  # photos whose faces go through the network together
@@ -72,6 +81,10 @@ SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in 
 PATIENCE = 15  # frames for which a face that is out of sight keeps its number
 MOST_REPEATS = 100  # copies of a frame in an annotated video: time stamps may be hours apart by mistake
 LEAD = 0.1  # by which a label must beat the one printed before to be a change
+
+SURE = 0.9  # least probability with which --sort trusts a label; tests/bench/README.md says what it gives
+SORTED = ".sorted"  # in the folder of --sort: a line of JSON for each photo that has been sorted
+HEAD = re.compile(r"^[01]\.\d{3}(-\d+)?_")  # of a sorted photo's name: its probability
 
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
 MOST_SHOWN = 48  # mouths in the picture of those that the model contradicts
@@ -97,24 +110,27 @@ class Result(NamedTuple):
     error: str  # empty, or why there is no face
 
 
-def predict_photos(sources, model, crops=False, workers=None):
+def predict_photos(sources, model, crops=False, workers=None, largest=False):
     """Find and classify the mouths in photos.
 
     Parameters
     ----------
-    sources : sequence of path-like
+    sources : sequence of path-like, or a single one
     model : net.simpleconv3
         In eval mode, as `net.load_model` returns it.
     crops : bool
         The images are mouth crops: each is classified whole.
     workers : int, optional
         Threads that decode and find faces while the network runs. Default: one a core.
+    largest : bool
+        Only the largest face of each photo.
 
     Yields
     ------
     Result
         One for each source, in their order.
     """
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
     sources = [Path(source) for source in sources]
     workers = min(workers or cores(), len(sources)) or 1
     cropper = None if crops else load_cropper()
@@ -126,7 +142,7 @@ def predict_photos(sources, model, crops=False, workers=None):
                 box = (0, 0, crop.shape[1], crop.shape[0])
                 faces = [Face(box, None, box, crop, "")]
             else:
-                faces = cropper.find(source).faces
+                faces = cropper.find(source, largest).faces
         except OSError as error:
             return Result(source, [], None, f"unreadable: {error.strerror or error}")
         return Result(source, faces, None, "" if faces else NO_FACE)
@@ -177,17 +193,7 @@ def photo_line(one):
 
 
 def print_photos(files, model, args, copies):
-    """Predict photos and print a line for each face.
-
-    Parameters
-    ----------
-    files : list of (Path, Path)
-        As `list_inputs` returns them.
-    model : net.simpleconv3
-    args : argparse.Namespace
-        Its ``crops`` and ``json``.
-    copies : Copies or None
-        Where annotated copies go.
+    """Predict photos (pairs of `list_inputs`), print a line for each face, and save copies if asked.
 
     Yields
     ------
@@ -262,8 +268,8 @@ def predict_video(capture, model):
                 known[number] = face, row, missed + 1
 
         numbers = sorted(seen)
-        rows = np.array([known[number][1] for number in numbers]).reshape(-1, len(model.classes))
-        yield Moment(now, frame, numbers, [seen[number] for number in numbers], rows)
+        smooth = np.array([known[number][1] for number in numbers]).reshape(-1, rows.shape[1])
+        yield Moment(now, frame, numbers, [seen[number] for number in numbers], smooth)
 
 
 def frames_of(capture):
@@ -335,14 +341,17 @@ class VideoCopy:
     Parameters
     ----------
     source, target : Path
+    frames : int
     seconds : float
-        How long the video says that it is.
+        As `promised_length` returns them.
     """
 
-    def __init__(self, source, target, seconds):
-        self.target, self.seconds = target, seconds
+    def __init__(self, source, target, frames, seconds):
+        self.target, self.promised = target, seconds
         self.temporary = target.resolve().with_name(f".{secrets.token_hex(8)}.mp4")
-        self.rate = copy_rate(frame_times(source), seconds)
+        times = frame_times(source)
+        self.end = max([seconds, *times])
+        self.rate = copy_rate(times, frames, self.end)
         self.writer = self.picture = None
         self.written = 0
 
@@ -364,7 +373,7 @@ class VideoCopy:
     def finish(self, whole):
         """Put the copy at `target`; if the video is `whole`, its last frame lasts until its end."""
         if whole:
-            self._repeat_until(self.seconds)
+            self._repeat_until(self.promised)
         self.writer.release()
         # OpenCV says nothing when the disk is full
         if cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != self.written:
@@ -377,7 +386,7 @@ class VideoCopy:
         self.temporary.unlink(missing_ok=True)
 
     def _repeat_until(self, seconds):
-        while self.picture is not None and self.written < seconds * self.rate - 1:
+        while self.picture is not None and self.written < min(seconds, self.end) * self.rate - 1:
             self._write()
 
     def _write(self):
@@ -386,30 +395,34 @@ class VideoCopy:
 
 
 def frame_times(path):
-    """The times in seconds at which a video file shows its frames, sorted, read without decoding it."""
+    """The seconds after the first frame at which a video shows its frames, sorted, read without decoding."""
     capture = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
     times = set()
     while capture.grab():
         times.add(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-    return sorted(times)
+    return sorted(seconds - min(times) for seconds in times)
 
 
-def copy_rate(times, seconds):
+def copy_rate(times, frames, end):
     """Frames a second of a video's copy: its mean rate where that is steady, or else that of its quick parts.
 
     Parameters
     ----------
     times : list of float
-        As `frame_times` returns them.
-    seconds : float
-        How long the video says that it is.
+        As `frame_times` returns them; empty where it cannot tell.
+    frames : int
+        How many the video says that it has.
+    end : float
+        Its length in seconds.
     """
-    if len(times) < 2:
+    if not end:
         return 25
-    gaps = np.diff(times)
-    mean, quick = 1 / gaps.mean(), 1 / np.percentile(gaps, 10)
-    rate = mean if quick < 1.5 * mean else max(mean, min(quick, 60))
-    rate = min(rate, MOST_REPEATS * len(times) / max(seconds, times[-1] - times[0]))
+    rate = frames / end
+    if len(times) > 1:
+        gaps = np.diff(times)
+        mean, quick = 1 / gaps.mean(), 1 / np.percentile(gaps, 10)
+        rate = mean if quick < 1.5 * mean else max(mean, min(quick, 60))
+    rate = min(rate, 1000, MOST_REPEATS * (len(times) or frames) / end)
     # MPEG-4 divides a second into at most 65,535 parts: 239.977 frames are more than it can hold
     return round(rate, 3 if rate < 65 else 2 if rate < 650 else 1)
 
@@ -467,16 +480,16 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
     NotWritten
         The copy cannot be written.
     """
-    promised, seconds = promised_length(capture)
+    promised = promised_length(capture)
     torch.set_num_threads(1)  # of one crop at a time, more threads only make each other wait
     labels, changes, n = Counter(), Changes(source), 0
     with contextlib.ExitStack() as stack:
         stack.callback(capture.release)
-        copy = VideoCopy(source, target, seconds) if target else None
+        copy = VideoCopy(source, target, *promised) if target else None
         if copy:
             stack.callback(copy.close)
         quiet = True if window else None
-        bar = stack.enter_context(tqdm(total=promised or None, unit="frame", leave=False, disable=quiet))
+        bar = stack.enter_context(tqdm(total=promised[0] or None, unit="frame", leave=False, disable=quiet))
         for moment in predict_video(capture, model):
             n += 1
             result = Result(source, moment.faces, moment.probabilities, "" if moment.faces else NO_FACE)
@@ -495,13 +508,13 @@ def run_video(capture, source, model, as_lines=False, target=None, window=None):
         if copy and n:
             copy.finish(not cut)
     if cut:
-        text = printable(f"{source}  cut short or damaged: {n} of {promised} frames can be decoded")
+        text = printable(f"{source}  cut short or damaged: {n} of {promised[0]} frames can be decoded")
         print(text, file=sys.stderr if as_lines else sys.stdout)
     return labels
 
 
 def print_videos(files, model, args, copies):
-    """Predict videos and print a line for every change; parameters and yields as in `print_photos`."""
+    """Predict videos and print a line for every change; otherwise as `print_photos`."""
     for file, relative in files:
         copy, labels, error = None, Counter(), ""
         try:
@@ -713,6 +726,124 @@ def print_evaluation(args, model):
         print(text, file=sys.stderr if args.json else sys.stdout)
 
 
+# --- sorting
+
+
+class Tray:
+    """The folder of --sort: copies of photos, and a record of them, so that none is sorted twice.
+
+    Parameters
+    ----------
+    folder : Path
+    link : bool
+        Hard links instead of copies.
+    """
+
+    def __init__(self, folder, link):
+        self.folder, self.link = folder, link
+        self.stamps, self.taken = {}, set()  # of photos, and the names of their copies, moved since or not
+        if (folder / SORTED).is_file():
+            for line in (folder / SORTED).read_text("utf-8", "replace").splitlines():
+                with contextlib.suppress(ValueError):  # an empty line, or one cut short by a kill
+                    row = json.loads(line)
+                    self.stamps[row["source"]] = row["bytes"], row["mtime_ns"]
+                    self.taken.add(row["copy"].casefold())
+        sweep(folder, *(path for path in folder.iterdir() if path.is_dir()))
+
+    def has(self, photo):
+        """Whether this photo was sorted before, as it is; its copy may have been moved or deleted since."""
+        about = photo.stat()
+        return self.stamps.get(str(photo.resolve())) == (about.st_size, about.st_mtime_ns)
+
+    def add(self, photo, label, p=None):
+        """Copy a photo to the folder of its label, under a name that begins with the probability."""
+        stem, head = HEAD.sub("", photo.stem), "" if p is None else f"{int(1000 * p) / 1000:.3f}"
+        for n in itertools.count(1):
+            start = "-".join(filter(None, [head, str(n) if n > 1 else ""]))
+            copy = Path(label, file_name(start + "_" if start else "", stem, photo.suffix))
+            target = self.folder / copy
+            if copy.as_posix().casefold() in self.taken:
+                continue
+            if not target.exists():
+                self._place(photo, target)
+                break
+            if target.read_bytes() == photo.read_bytes():  # a kill came before the record
+                break
+        about = photo.stat()
+        row = {"source": str(photo.resolve()), "bytes": about.st_size, "mtime_ns": about.st_mtime_ns,
+               "copy": copy.as_posix()}
+        with writing(self.folder / SORTED), open(self.folder / SORTED, "a", encoding="utf-8") as record:
+            record.write("\n" + json.dumps(row))  # after what a kill cut short
+        self.taken.add(row["copy"].casefold())
+        return target
+
+    def _place(self, photo, target):
+        part = temporary(target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(photo.resolve(), part) if self.link else shutil.copy2(photo, part)
+                part.rename(target)
+            finally:
+                part.unlink(missing_ok=True)
+
+
+def sort_photos(args, model):
+    """Copy the photos of all inputs into the folders of --sort, by their largest faces, and sum up."""
+    if set(NO_CLASSES) & set(model.classes):
+        names = " or ".join(NO_CLASSES)
+        raise ValueError(f"{model.path}: has a class {names}, where --sort puts what has none")
+    for path in args.inputs:
+        if args.sort.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{path}: lies in {args.sort}, where sorted photos go; name another folder")
+    files = list({file.resolve(): file for file, _ in list_inputs(args.inputs, skip=args.sort)}.values())
+    counts, unreadable = Counter(), []
+    with locked(args.sort / ".lock"):
+        tray = Tray(args.sort, args.link)
+        new = [file for file in files if not (file.is_file() and tray.has(file))]
+        results = predict_photos(new, model, args.crops, largest=True)
+        for result in tqdm(results, total=len(new), unit="photo", leave=False, disable=None):
+            [one] = as_json(result, model.classes)
+            if result.error in ("", NO_FACE):
+                label, p = verdict(result, model.classes, args.sure)
+                one["sorted"] = str(tray.add(result.source, label, p))
+                counts[label] += 1
+            else:
+                unreadable.append(result.source)
+            if args.json:
+                tqdm.write(json_line(one))
+            elif "sorted" not in one:
+                tqdm.write(photo_line(one))
+    if not args.json:
+        print_sorted(args, model, counts, len(files) - len(new), len(unreadable))
+    if set(unreadable) & set(args.inputs):
+        sys.exit(1)
+
+
+def verdict(result, classes, sure):
+    """The folder that a photo is sorted into, and the probability of its label (None: no face)."""
+    unsure, no_face = NO_CLASSES
+    if not result.faces:
+        return no_face, None
+    row = result.probabilities[0]
+    return classes[row.argmax()] if row.max() >= sure else unsure, float(row.max())
+
+
+def print_sorted(args, model, counts, before, unreadable):
+    """What went where, and what to do next."""
+    if counts:
+        rows = [[printable(name), counts[name]] for name in (*model.classes, *NO_CLASSES)]
+        print(tabulate(rows, ["folder", "photos"], tablefmt="plain", disable_numparse=True))
+    done = f"{counts.total()} photos {'linked' if args.link else 'copied'} to {args.sort}"
+    done += f", {before} left where they are since they were sorted before" if before else ""
+    done += f", {unreadable} left out since they cannot be read" if unreadable else ""
+    script = "split_train_val.py" if args.crops else "preprocess_lips.py"
+    print(printable(done))
+    print("Names begin with the probability, so the doubtful come first: move what is wrong, or delete it.")
+    print(printable(f"Then: {shlex.join(['python', script, str(args.sort)])}"
+                    f" (what is left in {' and '.join(NO_CLASSES)} is in no class)"))
+
+
 # --- pictures and page
 
 
@@ -721,7 +852,7 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
 
     Parameters
     ----------
-    photo : uint8 array of shape (H, W, 3), RGB
+    photo : uint8 array of shape (H, W, 3), RGB, or (H, W)
     faces, probabilities
         As in a `Result`.
     classes : sequence of str
@@ -733,7 +864,7 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
     PIL.Image.Image
     """
     scale = max(1.0, least / max(photo.shape[:2]))
-    photo = Image.fromarray(photo)
+    photo = Image.fromarray(photo).convert("RGB")
     photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(photo)
     side = min(photo.size)
@@ -812,7 +943,7 @@ class Copies:
     def name(self, relative, suffix):
         """Where below the folder a copy goes: over none of the inputs, and over no other copy."""
         for n in itertools.count(1):
-            name = relative.with_name(f"{relative.stem}{'' if n == 1 else f'_{n}'}{suffix}")
+            name = relative.with_name(file_name("", relative.stem, ("" if n == 1 else f"_{n}") + suffix))
             path = self.folder / name
             place = self._place(path)
             if place not in self.used and not (path.exists() and path.resolve().parent in self.originals):
@@ -927,6 +1058,13 @@ def is_video(path):
     return path.suffix.lower() in VIDEOS
 
 
+def file_name(start, stem, end):
+    """A file's name of three parts, the middle one cut where a disk would refuse the whole."""
+    while len(os.fsencode(start + stem + end)) > 255:
+        stem = stem[:-1]
+    return start + stem + end
+
+
 def list_inputs(inputs, videos=False, skip=None):
     """The photos that are named or in folders that are named, at any depth.
 
@@ -1009,8 +1147,8 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help="photos, videos, or folders of them")
-    add("--model", type=Path, default=Path("models/model.pt"), metavar="FILE",
-        help="weights (default: %(default)s)")
+    add("--model", type=Path, metavar="FILE",
+        help="weights (default: models/model.pt if it is there, else those that come with the project)")
 
     add = parser.add_argument_group("instead of inputs").add_argument
     add("--camera", metavar="SOURCE",
@@ -1029,36 +1167,47 @@ def parse_args(argv):
         help="write annotated copies of photos and videos and a page of them, index.html, there; "
              "with --evaluate a picture of the mouths that the model contradicts")
 
+    add = parser.add_argument_group("sorting").add_argument
+    add("--sort", type=Path, metavar="DIR",
+        help="copy each photo to DIR/<class>/ by its largest face, or to DIR/unsure/ or DIR/no_face/")
+    add("--sure", type=float, default=SURE, metavar="P",
+        help="least probability of a class, below which a photo is unsure (default: %(default)s)")
+    add("--link", action="store_true", help="hard links instead of copies: no disk space, one file system")
+
     args = parser.parse_args(argv)
     if not args.inputs and not args.evaluate and args.camera is None:
         parser.error("name photos, videos or a folder, or --camera 0, or --evaluate DIR")
-    if args.camera is not None and (args.inputs or args.evaluate or args.save or args.crops):
+    if args.camera is not None and (args.inputs or args.evaluate or args.save or args.crops or args.sort):
         parser.error("--camera goes with --model and --json only; name a video without --camera to --save it")
+    if args.sort and (args.save or args.evaluate or not args.inputs):
+        parser.error("--sort goes with photos or folders of them, --model, --crops and --json only")
     return args
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # what the terminal lacks becomes escapes; lines come at once
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     args = parse_args(argv)
-    try:
+    with command_line("what was sorted or saved stays"):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(line_buffering=True)  # for programs that read lines as they come
         model = load_model(args.model)
-        if not model.about:
-            names = ", ".join(model.classes)
-            text = f"{args.model.with_suffix('.json')} is missing: the classes are called {names}"
-            print(printable(text), file=sys.stderr)
+        print_model(args, model)
         if args.camera is not None:
             show_camera(args.camera, model, args.json)
         if args.evaluate:
             print_evaluation(args, model)
         if args.inputs:
-            print_inputs(args, model)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
-    except BrokenPipeError:
-        end_output()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {printable(str(error))}")
+            (sort_photos if args.sort else print_inputs)(args, model)
+
+
+def print_model(args, model):
+    """Say which weights were taken if none were named, and what is missing beside them."""
+    if not args.model:
+        what = ", which come with the project" if model.path == PRETRAINED else ""
+        print(printable(f"weights: {model.path}{what}"), file=sys.stderr if args.json else sys.stdout)
+    if not model.about:
+        names = ", ".join(model.classes)
+        text = f"{model.path.with_suffix('.json')} is missing: the classes are called {names}"
+        print(printable(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -616,6 +616,7 @@ OTHERS = {
     "recycler", "system volume information", "lost+found", "network trash folder", "temporary items",
     "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r",
 }
+NO_CLASSES = ("unsure", "no_face")  # folders of predict.py --sort, for what it does not name
 AHEAD = 3  # photos that a worker has before it, so that it never waits for the next
 BATCH = 16  # photos that go to the journal at once: flushing a folder takes longer than a photo
 
@@ -631,7 +632,9 @@ def composed(name):
 
 
 def class_folders(path):
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
+    """The folders in a folder that are classes, sorted."""
+    return sorted(folder for folder in path.iterdir()
+                  if folder.is_dir() and not is_hidden(folder.name) and folder.name not in NO_CLASSES)
 
 
 def list_photos(photos):
@@ -1238,6 +1241,9 @@ def report(photos, rows):
     if loose:
         print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
     classes = {row["class"] for row in rows}
+    for folder in sorted(photos.iterdir()):
+        if folder.is_dir() and folder.name in NO_CLASSES:
+            print(printable(f"{folder}: no class; move photos from there to the classes, or leave them"))
     for folder in class_folders(photos):
         if composed(folder.name) not in classes:
             print(printable(f"{folder}: empty, so there is no class of this name"))

@@ -77,7 +77,7 @@ def group_of(path, pattern):
 
     A path that does not match is a group of its own.
     """
-    match = pattern.search(path)
+    match = pattern.search(re.sub(r"(^|/)[01]\.\d{3}(-\d+)?_", r"\1", path))  # without --sort's numbers
     if not match:
         return path
     return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)

@@ -16,6 +16,7 @@ from wcwidth import wcswidth
 
 from net import load_model, save_model, simpleconv3
 from predict import annotate, evaluate, main, predict_photos
+from preprocess_lips import locked, read_csv
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def test_one_line_a_face_and_one_for_what_has_none(inside, model, two_faces, tmp
     Image.new("RGB", (200, 200), "green").save(tmp_path / "meadow.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     out = inside("predict.py", "two.png", "meadow.jpg", "broken.jpg", "missing.jpg", "two.png", check=1).stdout.splitlines()
+    assert out.pop(0) == "weights: models/model.pt"
     assert [line.split("  ")[:2] for line in out[:4]] == [
         ["two.png", "face 1"], ["two.png", "face 2"], ["meadow.jpg", "no face found"], out[3].split("  ")[:2]]
     assert out[3].startswith("broken.jpg  unreadable: ") and out[4].startswith("missing.jpg  unreadable: No such file")
@@ -121,6 +123,19 @@ def test_results_come_in_order_and_do_not_depend_on_the_batch(model, photos):
         np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-5)
 
 
+def test_models_and_photos_as_notebooks_have_them(model, photos):
+    net, files = load_model(model), sorted(photos.rglob("*.png"))[:3]
+    expected = [result.probabilities for result in predict_photos(files, net)]
+    for other in (torch.nn.DataParallel(net), load_model(model).half()):
+        for result, rows in zip(predict_photos(files, other), expected):
+            np.testing.assert_allclose(result.probabilities, rows, atol=0.01)
+    [alone] = predict_photos(str(files[0]), net)
+    np.testing.assert_allclose(alone.probabilities, expected[0], atol=1e-5)
+    grey = np.asarray(Image.open(files[0]))
+    picture = annotate(grey, alone.faces, alone.probabilities, net.classes)
+    assert grey.ndim == 2 and picture.mode == "RGB"
+
+
 def test_scores_by_hand():
     scores = evaluate([(0, 0), (0, 0), (0, 1), (1, 1)], ("a", "b", "c"))
     assert scores["accuracy"] == 0.75 and scores["balanced_accuracy"] == round((2 / 3 + 1) / 2, 4)
@@ -129,11 +144,171 @@ def test_scores_by_hand():
     assert scores["confusion"] == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
 
 
+@pytest.fixture
+def crawled(orl, tmp_path):
+    """Two keyword folders with photos of the same names, one without a face and one that is none."""
+    folder = tmp_path / "crawled"
+    for keyword, names in (("smile", ("s05_1", "s03_1", "s01_1")), ("open mouth", ("s09_1", "s05_1", "s02_1"))):
+        (folder / keyword).mkdir(parents=True)
+        for i, name in enumerate(names):
+            Image.fromarray(orl[name]).save(folder / keyword / f"Google_000{i}.png")
+    Image.new("RGB", (200, 200), "green").save(folder / "smile" / "meadow.jpg")
+    (folder / "smile" / "page.jpg").write_text("404 Not Found")
+    return folder
+
+
+def tree(folder):
+    """The visible files of a folder, as dict of path to content."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and not p.name.startswith(".")}
+
+
+def test_photos_are_sorted_by_their_largest_face_and_their_probability(inside, model, crawled, two_faces, tmp_path):
+    two_faces.rename(crawled / "smile" / "two.png")
+    before, net = tree(crawled), load_model(model)
+    out = inside("predict.py", "crawled", "--sort", "sorted", "--sure", "0.35").stdout
+    assert tree(crawled) == before and "page.jpg  unreadable" in out
+    expected = set()
+    for result in predict_photos([crawled / name for name in before if "page" not in name], net):
+        if result.faces:
+            p, label = result.probabilities[0].max(), net.classes[result.probabilities[0].argmax()]
+            label = label if p >= 0.35 else "unsure"
+            expected.add((label, f"{int(1000 * p) / 1000:.3f}", result.source.read_bytes()))
+        else:
+            expected.add(("no_face", "meadow.jpg", result.source.read_bytes()))
+    after = tree(tmp_path / "sorted")
+    assert len(after) == 8 and len(expected) == 7  # one photo is there twice
+    for label, head, data in expected:
+        assert any(name.startswith(f"{label}/{head}") and content == data for name, content in after.items())
+    counts = dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
+    assert sum(int(counts[label]) for label in (*net.classes, "unsure", "no_face")) == 8
+    assert "8 photos copied to sorted" in out and "1 left out" in out
+    assert "python preprocess_lips.py sorted" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_sorting_again_adds_what_is_new_and_leaves_what_was_moved(inside, model, crawled, tmp_path, link):
+    command = ["predict.py", "crawled", "--sort", "sorted", "--sure", "0", *["--link"] * link]
+    inside(*command)
+    sorted_ = tmp_path / "sorted"
+    first = tree(sorted_)
+    assert len(first) == 7 and {p.stat().st_nlink for p in sorted_.rglob("*.*g")} == {1 + link}
+    gone, moved, *_ = first
+    (sorted_ / gone).unlink()
+    (sorted_ / "9other").mkdir()
+    (sorted_ / moved).rename(sorted_ / "9other" / "x.png")
+    shutil.copy(crawled / "smile" / "Google_0000.png", crawled / "new.png")
+    out = inside(*command).stdout
+    second = tree(sorted_)
+    assert "1 photos" in out and "7 left where they are" in out
+    assert len(second) == 7 and first.keys() - second.keys() == {gone, moved} and "9other/x.png" in second
+    assert [name for name in second.keys() - first.keys() if name.endswith("_new.png")]
+
+
+def test_photos_of_one_name_all_get_a_place_and_no_file_is_replaced(inside, model, crawled, tmp_path):
+    for folder in ("smile", "open mouth"):  # the same photo under the same name, too
+        shutil.copy(crawled / "smile" / "meadow.jpg", crawled / folder / "wood.jpg")
+        shutil.copy(crawled / "smile" / "Google_0000.png", crawled / folder / "same.png")
+    (tmp_path / "sorted" / "no_face").mkdir(parents=True)
+    (tmp_path / "sorted" / "no_face" / "meadow.jpg").write_bytes(b"somebody's")
+    inside("predict.py", "crawled", "--sort", "sorted", "--sure", "0")
+    after = tree(tmp_path / "sorted")
+    assert after.pop("no_face/meadow.jpg") == b"somebody's"
+    sources = [data for name, data in tree(crawled).items() if "page" not in name]
+    assert sorted(after.values()) == sorted(sources) and len(sources) == 11
+
+
+def test_sorting_goes_on_after_ctrl_c_or_a_kill(inside, model, crawled, tmp_path, monkeypatch):
+    import predict
+
+    command, real, calls = ["predict.py", "crawled", "--sort", "sorted", "--sure", "0"], predict.Tray._place, []
+
+    def place(self, photo, target):
+        calls.append(photo)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(self, photo, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.Tray, "_place", place)
+        assert "interrupted" in inside(*command, check=1).stderr
+    assert len(tree(tmp_path / "sorted")) == 3
+    record = tmp_path / "sorted" / ".sorted"
+    record.write_bytes(record.read_bytes()[:-20])  # the third photo is there, its line is not whole
+    (tmp_path / "sorted" / "0123456789abcdef.tmp").touch()
+    inside(*command)
+    sources = [data for name, data in tree(crawled).items() if "page" not in name]
+    (tmp_path / "sorted" / "0123456789abcdef.tmp").unlink()
+    assert sorted(tree(tmp_path / "sorted").values()) == sorted(sources)
+    assert "0 photos copied" in inside(*command).stdout
+
+
+def test_sorted_photos_are_the_next_steps_input_without_the_unsure(inside, model, crawled, tmp_path, monkeypatch):
+    sure = "0.35"
+    inside("predict.py", "crawled", "--sort", "crawled/sorted", "--sure", sure)
+    inside("predict.py", "crawled", "--sort", "crawled/sorted", "--sure", sure)  # which lies within the input
+    folder = crawled / "sorted"
+    for i, path in enumerate(sorted(folder.glob("*/0.*"))):  # as if half were unsure
+        target = folder / ("2smile" if i % 2 else "unsure") / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    out = inside("preprocess_lips.py", "crawled/sorted", "lips").stdout
+    rows = read_csv(tmp_path / "lips" / "manifest.csv")
+    assert {row["class"] for row in rows} == {"2smile"} and len(rows) == 3
+    assert "unsure: no class" in out and "no_face: no class" in out
+    (tmp_path / "lips" / "unsure").mkdir()
+    shutil.copy(next((tmp_path / "lips" / "2smile").iterdir()), tmp_path / "lips" / "unsure" / "x.jpg")
+    inside("split_train_val.py", "lips", "data")
+    assert {path.name for path in (tmp_path / "data" / "train").iterdir()} == {"2smile"}
+
+
+def test_crops_can_be_sorted(inside, model, mouths, tmp_path):
+    out = inside("predict.py", mouths / "data" / "val", "--crops", "--sort", "sorted", "--sure", "0").stdout
+    assert len(tree(tmp_path / "sorted")) == 8 and "python split_train_val.py sorted" in out
+
+
+def test_what_cannot_be_sorted_is_one_line(inside, model, crawled, tmp_path):
+    for names in (["crawled", "--sort", "crawled"], ["crawled/smile", "--sort", "crawled"]):
+        assert "where sorted photos go; name another folder" in inside("predict.py", *names, check=1).stderr
+    net = simpleconv3(2)
+    net.classes = ("a", "unsure")
+    save_model(net, tmp_path / "odd.pt")
+    assert "has a class" in inside("predict.py", "crawled", "--sort", "x", "--model", "odd.pt", check=1).stderr
+    with locked(tmp_path / "sorted" / ".lock"):
+        assert "another run is at work" in inside("predict.py", "crawled", "--sort", "sorted", check=1).stderr
+    inside("predict.py", "crawled/smile/page.jpg", "--sort", "sorted", check=1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
+def test_names_of_sorted_photos_are_kept_whatever_they_are(inside, model, crawled, tmp_path):
+    names = ["x" * 251 + ".png", ODD, "0.123_again.png", "-rf.png", "\u5f20\u5634.png"]
+    for name in names:
+        shutil.copy(crawled / "smile" / "Google_0000.png", crawled / name)
+    lines = inside("predict.py", "crawled", "--sort", "sorted", "--sure", "0", "--json").stdout.splitlines()
+    placed = [json.loads(line).get("sorted") for line in lines]
+    assert sum(map(bool, placed)) == 12 and all((tmp_path / path).is_file() for path in placed if path)
+    heads = {os.path.basename(path)[:6] for path in placed if path and path.endswith("again.png")}
+    assert len(heads) == 1 and not any("0.123" in path for path in placed if path)
+    assert any(path.endswith(f"_{ODD}") for path in placed if path)
+
+
+def test_without_a_model_named_it_says_which_it_takes(inside, model, two_faces, monkeypatch):
+    import net
+
+    assert inside("predict.py", "two.png").stdout.splitlines()[0] == "weights: models/model.pt"
+    done = inside("predict.py", "two.png", "--json")
+    assert done.stderr == "weights: models/model.pt\n" and all(map(json.loads, done.stdout.splitlines()))
+    assert "weights" not in inside("predict.py", "two.png", "--model", model).stdout
+    monkeypatch.setattr(net, "PRETRAINED", model.rename(model.with_name("other.pt")))
+    model.with_suffix(".json").rename(model.with_name("other.json"))
+    assert "other.pt" in inside("predict.py", "two.png").stdout.splitlines()[0]
+
+
 def test_evaluate_prints_a_table_or_one_object(inside, model, photos, tmp_path):
     Image.new("RGB", (200, 200), "green").save(photos / "0none" / "meadow.jpg")
     out = inside("predict.py", "--evaluate", "data/raw").stdout
     assert "precision" in out and "balanced accuracy" in out and "on 24 images; 1 without a face" in out
-    for table in out.split("\n\n")[:2]:  # columns end at the same place, whatever a name's letters take
+    for table in out.split("\n", 1)[1].split("\n\n")[:2]:  # columns end at the same place, whatever a name's letters take
         assert "张嘴" in table and len({wcswidth(line) for line in table.split("\n")}) == 1
     scores = json.loads(inside("predict.py", "--evaluate", "data/raw", "--json", "--save", "seen").stdout)
     against = scores["contradicted"]
@@ -276,6 +451,8 @@ def test_help_fits_a_screen_and_its_examples_work(model, two_faces, tmp_path, mo
     ((), "name photos, videos or a folder"),
     (("--camera", "0", "photo.jpg"), "--camera goes with --model and --json only"),
     (("--camera", "0", "--save", "x"), "--camera goes with --model and --json only"),
+    (("photo.jpg", "--sort", "x", "--save", "y"), "--sort goes with photos"),
+    (("--evaluate", "x", "--sort", "y"), "--sort goes with photos"),
 ])
 def test_flags_that_exclude_each_other_say_so(args, why, capsys):
     with pytest.raises(SystemExit):

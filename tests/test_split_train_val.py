@@ -10,7 +10,7 @@ from PIL import Image
 
 import preprocess_lips
 from preprocess_lips import COLUMNS, read_csv, write_csv
-from split_train_val import choose_val, main, merge, near_pairs, table, val_count
+from split_train_val import choose_val, group_of, main, merge, near_pairs, table, val_count
 
 
 @pytest.fixture
@@ -229,6 +229,11 @@ def test_what_other_programs_leave_among_the_crops_is_no_class_and_no_crop(tmp_p
         (crops / path).write_text("x")
     assert len(split(tmp_path)) == 72
     assert "folders below" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["Ann_Lee_0001.jpg", "0.973_Ann_Lee_0002.jpg", "1.000-12_Ann_Lee_0003.jpg"])
+def test_probabilities_before_the_names_of_sorted_photos_divide_no_group(name):
+    assert group_of(f"2smile/{name}", re.compile(r"([^/]+)_\d+\.")) == "Ann_Lee"
 
 
 def test_groups_that_share_a_pair_become_one():
