@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 LIP_HEIGHT = 0.48, 0.88  # height of the lips over their width that a warp aims at
-SEEN_HEIGHT = 0.40, 0.95  # and that landmarks found on its result must show
-SEEN_GAP = 0.34  # at most, between the lips, over the mouth's width
+SEEN_HEIGHT = 0.46, 0.95  # and that landmarks found on its result must show: full lips at rest reach 0.45
+SEEN_GAP = 0.32  # at most, between the lips, over the mouth's width
 TRIES = 6
 LEAST_HEIGHT = 0.27  # of the lips to start from: thin ones, stretched, are a smear
 
