@@ -86,8 +86,9 @@ def test_without_the_package_the_error_says_what_to_install(inside, monkeypatch,
 
 
 def example(name):
-    """The README's example that starts with a comment that names it."""
-    return re.search(rf"```\w+\n((?:#|//) {name}: .*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    """The example in models/README.md that starts with a comment that names it."""
+    text = (ROOT / "models" / "README.md").read_text("utf-8")
+    return re.search(rf"```\w+\n((?:#|//) {name}: .*?)```", text, re.S)[1]
 
 
 def check_labels(command, folder, crops):
