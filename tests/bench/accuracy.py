@@ -1,13 +1,16 @@
-"""Cross-validated accuracy of the recipes on a folder of mouth crops, last epoch, no picking of the best.
+"""Accuracy of the recipes on a folder of mouth crops, last epoch, no picking of the best.
 
-    python tests/bench/accuracy.py CROPS                                     both recipes, 5 folds
-    python tests/bench/accuracy.py CROPS --group '([^/]+)_\\d+\\.'             persons apart
-    python tests/bench/accuracy.py CROPS --test OTHER                        trained on one set, tested on another
-    python tests/bench/accuracy.py CROPS --recipes torchvision textbook strong strong:25     and seconds to get there
+    python tests/bench/accuracy.py CROPS                                  both recipes, 5 folds
+    python tests/bench/accuracy.py CROPS --group '([^/]+)_\\d+\\.'          persons apart
+    python tests/bench/accuracy.py CROPS --test OTHER                     train on one set, test on another
+    python tests/bench/accuracy.py CROPS --recipes torchvision textbook strong strong:25
+    python tests/bench/accuracy.py CROPS --few 3 10 30 100 --plot few.svg --recipes finetune strong
 
 CROPS holds class folders; with a manifest.csv of preprocess_lips.py in it, the groups are taken from the
-photos' names. "torchvision" is the textbook's own loop over torchvision's transforms, "strong:25" the strong recipe
-with 25 epochs. The calibration error is that of the predictions on all folds together, without a temperature.
+photos' names. "torchvision" is the textbook's own loop over torchvision's transforms, "strong:25" the
+strong recipe with 25 epochs. The calibration error is that of the predictions on all folds together,
+without a temperature. --few takes so many crops of each class to train and 300 others to test, five draws.
+Other flags go to train.py.
 """
 
 import argparse
@@ -25,12 +28,11 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
+from textbook import folders, train_textbook  # noqa: E402
 
 import train  # noqa: E402
-from net import simpleconv3  # noqa: E402
 from preprocess_lips import MANIFEST, read_csv  # noqa: E402
 from split_train_val import group_of, list_crops  # noqa: E402
-from textbook import folders, train_textbook  # noqa: E402
 
 
 def make_folds(labels, groups, k, seed):
@@ -45,7 +47,8 @@ def make_folds(labels, groups, k, seed):
     filled, fold = np.zeros((k, len(total))), np.zeros(len(labels), int)
     for name in names:
         counts = np.bincount(labels[members[name]], minlength=len(total))
-        best = min(range(k), key=lambda j: (((filled[j] + counts) / total).max() * k + ((filled[j] + counts) / total).sum() / 10))
+        shares = [(filled[j] + counts) / total for j in range(k)]
+        best = min(range(k), key=lambda j: shares[j].max() * k + shares[j].sum() / 10)
         filled[best] += counts
         fold[members[name]] = best
     return fold
@@ -64,31 +67,102 @@ def one_fold(recipe, data, more):
         images = torch.stack([image for image, _ in sets[1]])
         with torch.inference_mode():
             return net.eval()(images), labels, seconds
-    args = train.parse_args(["--recipe", name, "--epochs", str(epochs), "--data", str(data), "--logs", str(data / "logs"),
-                             "--models", str(data / "models"), *more])
+    args = train.parse_args([
+        "--recipe", name, "--epochs", str(epochs), "--data", str(data), "--logs", str(data / "logs"),
+        "--models", str(data / "models"), *more])
     with contextlib.redirect_stdout(io.StringIO()):
         run = train.train(args)
     seconds = time.perf_counter() - start
-    net = simpleconv3(len(run.classes))
-    net.load_state_dict(run.state["average"] or run.state["net"])
-    _, _, (images, labels) = train.load_data(data)
-    return train.evaluate(net, images, labels, flip=args.flip, views=args.views)[2], labels, seconds
+    learner = train.Learner(args, run.classes, torch.ones(len(run.classes)), 1, torch.device("cpu"), 1)
+    run.restore(run.state, learner)
+    val = train.load_data(data)
+    return train.evaluate(learner.judged, val.val_images, val.val_labels)[2], val.val_labels, seconds
+
+
+def lay_out(files, held_out, folder):
+    """Links to files, (folder, class, name), as an ImageFolder in `folder`; None is on neither side."""
+    for (place, label, name), test in zip(files, held_out):
+        if test is not None:
+            target = Path(folder) / ("val" if test else "train") / label
+            target.mkdir(parents=True, exist_ok=True)
+            os.symlink((place / label / name).resolve(), target / name)
+
+
+def few_photos(files, recipes, sizes, draws, tested, more):
+    """Accuracy by recipe and number of training crops a class: dict of recipe to list of (size, mean, spread)."""
+    curves = {}
+    for recipe in recipes:
+        for size in sizes:
+            results = []
+            for draw in range(draws):
+                rng, taken, held_out = np.random.default_rng(draw), {}, [None] * len(files)
+                for i in rng.permutation(len(files)):
+                    n = taken[files[i][1]] = taken.get(files[i][1], 0) + 1
+                    held_out[i] = n > size if n <= size + tested else None
+                with tempfile.TemporaryDirectory() as folder:
+                    lay_out(files, held_out, folder)
+                    logits, labels, seconds = one_fold(recipe, Path(folder), more)
+                results.append((float((logits.argmax(1) == labels).float().mean()), seconds))
+            mean, seconds = np.mean(results, 0)
+            spread = float(np.std([one for one, _ in results], ddof=1))
+            curves.setdefault(recipe, []).append((size, float(mean), spread))
+            print(f"{recipe:12} {size:4} a class: {mean:.1%} ± {spread:.1%}   {seconds:.1f} s", flush=True)
+    return curves
+
+
+def plot(curves, path):
+    """Write the curves of `few_photos` as an SVG picture, number of photos on a logarithmic axis."""
+    sizes = sorted({size for points in curves.values() for size, *_ in points})
+    low = min(mean for points in curves.values() for _, mean, _ in points) // 0.1 / 10
+    width, height, left, top = 560, 300, 56, 20
+
+    def x(size):
+        return left + (width - left - 120) * np.log(size / sizes[0]) / np.log(sizes[-1] / sizes[0])
+
+    def y(share):
+        return top + (height - top - 50) * (1 - share) / (1 - low)
+
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+             'font-size="13">', f'<rect width="{width}" height="{height}" fill="white"/>']
+    for share in np.arange(low, 1.001, 0.1):
+        lines.append(f'<path d="M{left} {y(share):.1f}H{width - 120}" stroke="#ddd"/>'
+                     f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
+    for size in sizes:
+        lines.append(f'<text x="{x(size):.1f}" y="{height - 30}" text-anchor="middle">{size}</text>')
+    lines.append(f'<text x="{(left + width - 120) / 2}" y="{height - 8}" text-anchor="middle">photos a class</text>')
+    for (recipe, points), colour in zip(curves.items(), ("#1f62a8", "#c8553d", "#5a8f3c", "#777")):
+        way = " ".join(f"{x(size):.1f},{y(mean):.1f}" for size, mean, _ in points)
+        lines.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        lines += [f'<path d="M{x(size):.1f} {y(mean - spread):.1f}V{y(mean + spread):.1f}" stroke="{colour}"/>'
+                  f'<circle cx="{x(size):.1f}" cy="{y(mean):.1f}" r="4" fill="{colour}"/>'
+                  for size, mean, spread in points]
+        size, mean, _ = points[-1]
+        lines.append(f'<text x="{x(size) + 12:.1f}" y="{y(mean) + 4:.1f}" fill="{colour}">{recipe}</text>')
+    path.write_text("\n".join([*lines, "</svg>", ""]), "utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("crops", type=Path)
     parser.add_argument("--group", metavar="REGEX")
-    parser.add_argument("--test", type=Path, metavar="CROPS", help="other crops, whose classes that are the same are tested")
+    parser.add_argument("--test", type=Path, metavar="CROPS", help="other crops; the classes that both have are tested")
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--recipes", nargs="+", default=["textbook", "strong"], help="(default: both)")
     parser.add_argument("--first", type=int, metavar="N", help="only so many of the folds")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the folds (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument("--few", type=int, nargs="+", metavar="N", help="numbers of training crops a class")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="a picture of what --few gives")
+    parser.add_argument("--draws", type=int, default=5, metavar="N", help="(default: %(default)s)")
     args, more = parser.parse_known_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     files = [(args.crops, *file) for file in list_crops(args.crops)]
+    if args.few:
+        curves = few_photos(files, args.recipes, args.few, args.draws, 300, more)
+        if args.plot:
+            plot(curves, args.plot)
+        return
     if args.test:
         others = [(args.test, *file) for file in list_crops(args.test)]
         shared = {label for _, label, _ in files} & {label for _, label, _ in others}
@@ -108,10 +182,7 @@ def main():
         accuracy, balanced, seconds, logits, truths = [], [], [], [], []
         for held_out in folds[:args.first]:
             with tempfile.TemporaryDirectory() as folder:
-                for (place, label, name), test in zip(files, held_out):
-                    target = Path(folder) / ("val" if test else "train") / label
-                    target.mkdir(parents=True, exist_ok=True)
-                    os.symlink((place / label / name).resolve(), target / name)
+                lay_out(files, held_out, folder)
                 out, truth, time_taken = one_fold(recipe, Path(folder), more)
             matrix = train.confusion_matrix(out.argmax(1), truth, len(classes))
             accuracy.append(float(matrix.trace() / matrix.sum()))
@@ -120,7 +191,8 @@ def main():
             logits.append(out)
             truths.append(truth)
         error = train.calibration_error(torch.cat(logits).softmax(1), torch.cat(truths))
-        print(f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {np.std(accuracy, ddof=len(accuracy) > 1):.2%}   balanced {np.mean(balanced):.2%}   "
+        spread = np.std(accuracy, ddof=len(accuracy) > 1)
+        print(f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {spread:.2%}   balanced {np.mean(balanced):.2%}   "
               f"calibration error {error:.1%}   {np.mean(seconds):.1f} s a fold   folds "
               + " ".join(f"{a:.1%}" for a in accuracy), flush=True)
 
