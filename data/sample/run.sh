@@ -8,7 +8,7 @@ step() { printf '\n== %s\n' "$*"; "$@"; }
 step python data/sample/prepare.py
 step python preprocess_lips.py
 step python split_train_val.py --group '(s\d+)_'
-step python train.py --recipe strong
+step python train.py --recipe finetune
 step python predict.py --evaluate data/val --crops
 persons=$(python -c "
 from preprocess_lips import read_csv
