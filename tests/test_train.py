@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision import transforms
 
@@ -114,6 +114,19 @@ def test_crops_are_seen_upright_and_on_white_as_predict_sees_them(mouths, tmp_pa
     Image.fromarray(np.full((60, 60), 3000, np.uint16)).save(tmp_path / "c.png")
     with pytest.raises(OSError, match="c.png: not a readable image .more than 8 bits a channel"):
         load_images([tmp_path / "c.png"], 48, tmp_path / "cache")
+
+
+def test_metadata_costs_no_crop(mouths, tmp_path):
+    crop = Image.open(sorted((mouths / "data" / "val" / "dark").glob("*.png"))[0]).convert("RGB")
+    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[ExifTags.Base.Software] = TiffImagePlugin.IFDRational(1, 3)
+    exif[ExifTags.Base.Orientation] = 3
+    crop.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "a.png", exif=exif)
+    text.add_text("parameters", "x" * 3_000_000, zip=True)
+    crop.save(tmp_path / "b.png", pnginfo=text)
+    crop.save(tmp_path / "c.png", exif=b"Exif\0\0broken")
+    for image in load_images(sorted(tmp_path.iterdir()), 48, tmp_path):
+        assert torch.equal(image, square(crop))
 
 
 def test_images_that_do_not_fit_in_memory_live_in_a_file_without_a_name(mouths, tmp_path, monkeypatch):
