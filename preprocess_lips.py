@@ -777,7 +777,10 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=work, args=(other_end, MAX_SECONDS), daemon=True)
-        self.process.start()
+        try:
+            self.process.start()
+        except RuntimeError:  # in a worker that runs again the script which started it, see `look_at`
+            sys.exit(1)
         other_end.close()  # only the worker holds it now, so that its death ends the pipe
         self.ready, self.tasks = False, deque()
 
@@ -824,8 +827,9 @@ def look_at(tasks, workers):
                     answer = worker.pipe.recv()
                 except (EOFError, OSError):  # it is dead
                     if not worker.ready:
-                        raise ChildProcessError("worker processes die before they begin; is there enough "
-                                                "memory? Try --workers 1") from None
+                        raise ChildProcessError(
+                            "worker processes die before they begin; is there enough memory? Try --workers 1. "
+                            "A script of your own must call this below 'if __name__ == \"__main__\":'") from None
                     worker.end()
                     crew[i] = Worker()
                     task, *others = worker.tasks

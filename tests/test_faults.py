@@ -339,6 +339,15 @@ def permitted(tmp_path):
             place.chmod(0o700)
 
 
+def test_a_script_that_lacks_the_guard_of_spawned_processes_is_told_what_to_write(photos, tmp_path):
+    (tmp_path / "own.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nimport preprocess_lips\n"
+        f"preprocess_lips.main([{str(photos)!r}, 'crops', '--workers', '2'])\n")
+    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "must call this below 'if __name__ == \"__main__\":'" in done.stderr
+
+
 @posix
 def test_what_may_not_be_read_is_said_and_tried_again_once_it_may(permitted, tmp_path, face):
     folder = tmp_path / "photos" / "a"
