@@ -27,7 +27,7 @@ PARTS = (("s05_1", 0.5), None, ("s01_1", 1.0))  # a dark face, nothing, a bright
 @pytest.fixture(scope="module")
 def model(mouths):
     """A model that tells dark mouths from bright ones."""
-    folders = ["--data", str(mouths / "data"), "--models", str(mouths / "seen"), "--logs", str(mouths / "logs")]
+    folders = [f"--data={mouths / 'data'}", f"--models={mouths / 'seen'}", f"--logs={mouths / 'logs'}"]
     train.main(["--epochs", "12", "--lr", "0.02", "--device", "cpu", *folders])
     return mouths / "seen" / "model.pt"
 
