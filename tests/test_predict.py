@@ -41,11 +41,14 @@ def two_faces(orl, tmp_path):
 def test_one_line_a_face_and_one_for_what_has_none(inside, model, two_faces, tmp_path):
     Image.new("RGB", (200, 200), "green").save(tmp_path / "meadow.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    out = inside("predict.py", "two.png", "meadow.jpg", "broken.jpg", "missing.jpg", "two.png", check=1).stdout.splitlines()
+    out = inside(
+        "predict.py", "two.png", "meadow.jpg", "broken.jpg", "missing.jpg", "two.png", check=1
+    ).stdout.splitlines()
     assert out.pop(0) == "weights: models/model.pt"
     assert [line.split("  ")[:2] for line in out[:4]] == [
         ["two.png", "face 1"], ["two.png", "face 2"], ["meadow.jpg", "no face found"], out[3].split("  ")[:2]]
-    assert out[3].startswith("broken.jpg  unreadable: ") and out[4].startswith("missing.jpg  unreadable: No such file")
+    assert out[3].startswith("broken.jpg  unreadable: ")
+    assert out[4].startswith("missing.jpg  unreadable: No such file")
     assert out[5].startswith("two.png  face 1") and out[-1] == "4 faces in 2 of 5 photos"
     name, percent = out[0].split("  ")[2:]
     assert name in ("0none", "2smile", "张嘴") and 33 <= float(percent.rstrip("%")) <= 100
@@ -57,11 +60,15 @@ def test_json_has_one_object_a_face(model, two_faces, capsys, tmp_path):
     with pytest.raises(SystemExit, match="1"):
         main([str(two_faces), str(tmp_path / "none.jpg"), "--model", str(model), "--json"])
     *faces, missing = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [list(face) for face in faces] == [["source", "face", "box", "mouth", "label", "probability", "probabilities"]] * 2
+    assert [list(face) for face in faces] == [
+        ["source", "face", "box", "mouth", "label", "probability", "probabilities"]
+    ] * 2
     for i, face in enumerate(faces, 1):
         assert face["face"] == i and face["source"] == str(two_faces)
         assert sum(face["probabilities"].values()) == pytest.approx(1, abs=1e-3)
-        assert face["probability"] == max(face["probabilities"].values()) == face["probabilities"][face["label"]]
+        assert (
+            face["probability"] == max(face["probabilities"].values()) == face["probabilities"][face["label"]]
+        )
         (x0, y0, x1, y1), (a, b, c, d) = face["box"], face["mouth"]
         assert x0 < (a + c) / 2 < x1 and (y0 + y1) / 2 < (b + d) / 2 < y1
     assert missing["face"] is None and missing["error"].startswith("unreadable")
@@ -69,9 +76,15 @@ def test_json_has_one_object_a_face(model, two_faces, capsys, tmp_path):
 
 def test_saved_copies_keep_the_folders_layout_and_no_name_is_lost(model, photos, tmp_path, capsys):
     Image.open(photos / "0none" / "s01_1.png").save(photos / "0none" / "s01_1.bmp")
-    main([str(photos), str(photos / "0none" / "s01_1.png"), "--model", str(model), "--save", str(tmp_path / "named")])
+    inputs = [str(photos), str(photos / "0none" / "s01_1.png")]
+    main([*inputs, "--model", str(model), "--save", str(tmp_path / "named")])
     saved = sorted(p.relative_to(tmp_path / "named").as_posix() for p in (tmp_path / "named").rglob("*.jpg"))
-    assert len(saved) == 26 and "2smile/s05_1.jpg" in saved and "0none/s01_1_2.jpg" in saved and "s01_1.jpg" in saved
+    assert (
+        len(saved) == 26
+        and "2smile/s05_1.jpg" in saved
+        and "0none/s01_1_2.jpg" in saved
+        and "s01_1.jpg" in saved
+    )
 
 
 def test_saving_again_or_beside_originals_replaces_and_doubles_nothing(inside, model, two_faces, tmp_path):
@@ -84,7 +97,8 @@ def test_saving_again_or_beside_originals_replaces_and_doubles_nothing(inside, m
     (folder / ".trash").mkdir()
     shutil.copy(folder / "two.png", folder / ".trash" / "old.png")
     inside("predict.py", "hol/two.png", "--save", "hol")
-    assert (folder / "two.jpg").read_bytes() == b"an original that is not looked at" and (folder / "two_2.jpg").is_file()
+    assert (folder / "two.jpg").read_bytes() == b"an original that is not looked at"
+    assert (folder / "two_2.jpg").is_file()
     (folder / "two.jpg").unlink()
     (folder / "two_2.jpg").unlink()
     assert "2 faces in 1 of 1 photo;" in inside("predict.py", "hol", "--save", "hol/named").stdout
@@ -104,7 +118,8 @@ def test_annotated_photos_show_box_and_words_at_any_size(model, orl, cropper, si
     assert len(rows) >= 15  # the label's ground, a line of text high
     annotate(photo, faces, np.array([[0.1, 0.1, 0.8]]), net.classes)  # a name beyond Latin letters
     height, width = photo.shape[:2]
-    for box in ((0, height + 9, 50, height + 59), (-60, 0, -10, 50), (width + 5, -70, width + 55, -20)):  # beyond the edges
+    beyond = (0, height + 9, 50, height + 59), (-60, 0, -10, 50), (width + 5, -70, width + 55, -20)
+    for box in beyond:
         annotate(photo, [faces[0]._replace(mouth=box)], np.array([[0.1, 0.8, 0.1]]), net.classes)
 
 
@@ -148,7 +163,10 @@ def test_scores_by_hand():
 def crawled(orl, tmp_path):
     """Two keyword folders with photos of the same names, one without a face and one that is none."""
     folder = tmp_path / "crawled"
-    for keyword, names in (("smile", ("s05_1", "s03_1", "s01_1")), ("open mouth", ("s09_1", "s05_1", "s02_1"))):
+    for keyword, names in (
+        ("smile", ("s05_1", "s03_1", "s01_1")),
+        ("open mouth", ("s09_1", "s05_1", "s02_1")),
+    ):
         (folder / keyword).mkdir(parents=True)
         for i, name in enumerate(names):
             Image.fromarray(orl[name]).save(folder / keyword / f"Google_000{i}.png")
@@ -163,7 +181,9 @@ def tree(folder):
             if p.is_file() and not p.name.startswith(".")}
 
 
-def test_photos_are_sorted_by_their_largest_face_and_their_probability(inside, model, crawled, two_faces, tmp_path):
+def test_photos_are_sorted_by_their_largest_face_and_their_probability(
+    inside, model, crawled, two_faces, tmp_path
+):
     two_faces.rename(crawled / "smile" / "two.png")
     before, net = tree(crawled), load_model(model)
     out = inside("predict.py", "crawled", "--sort", "sorted", "--sure", "0.35").stdout
@@ -221,7 +241,8 @@ def test_photos_of_one_name_all_get_a_place_and_no_file_is_replaced(inside, mode
 def test_sorting_goes_on_after_ctrl_c_or_a_kill(inside, model, crawled, tmp_path, monkeypatch):
     import predict
 
-    command, real, calls = ["predict.py", "crawled", "--sort", "sorted", "--sure", "0"], predict.Tray._place, []
+    command = ["predict.py", "crawled", "--sort", "sorted", "--sure", "0"]
+    real, calls = predict.Tray._place, []
 
     def place(self, photo, target):
         calls.append(photo)
@@ -243,7 +264,9 @@ def test_sorting_goes_on_after_ctrl_c_or_a_kill(inside, model, crawled, tmp_path
     assert "0 photos copied" in inside(*command).stdout
 
 
-def test_sorted_photos_are_the_next_steps_input_without_the_unsure(inside, model, crawled, tmp_path, monkeypatch):
+def test_sorted_photos_are_the_next_steps_input_without_the_unsure(
+    inside, model, crawled, tmp_path, monkeypatch
+):
     sure = "0.35"
     inside("predict.py", "crawled", "--sort", "crawled/sorted", "--sure", sure)
     inside("predict.py", "crawled", "--sort", "crawled/sorted", "--sure", sure)  # which lies within the input
@@ -273,7 +296,9 @@ def test_what_cannot_be_sorted_is_one_line(inside, model, crawled, tmp_path):
     net = simpleconv3(2)
     net.classes = ("a", "unsure")
     save_model(net, tmp_path / "odd.pt")
-    assert "has a class" in inside("predict.py", "crawled", "--sort", "x", "--model", "odd.pt", check=1).stderr
+    assert (
+        "has a class" in inside("predict.py", "crawled", "--sort", "x", "--model", "odd.pt", check=1).stderr
+    )
     with locked(tmp_path / "sorted" / ".lock"):
         assert "another run is at work" in inside("predict.py", "crawled", "--sort", "sorted", check=1).stderr
     inside("predict.py", "crawled/smile/page.jpg", "--sort", "sorted", check=1)
@@ -308,12 +333,15 @@ def test_evaluate_prints_a_table_or_one_object(inside, model, photos, tmp_path):
     Image.new("RGB", (200, 200), "green").save(photos / "0none" / "meadow.jpg")
     out = inside("predict.py", "--evaluate", "data/raw").stdout
     assert "precision" in out and "balanced accuracy" in out and "on 24 images; 1 without a face" in out
-    for table in out.split("\n", 1)[1].split("\n\n")[:2]:  # columns end at the same place, whatever a name's letters take
+    # columns end at the same place, whatever a name's letters take
+    for table in out.split("\n", 1)[1].split("\n\n")[:2]:
         assert "张嘴" in table and len({wcswidth(line) for line in table.split("\n")}) == 1
     scores = json.loads(inside("predict.py", "--evaluate", "data/raw", "--json", "--save", "seen").stdout)
     against = scores["contradicted"]
     assert len(against) == 24 - round(24 * scores["accuracy"]) > 0
-    assert [one["probability"] for one in against] == sorted((one["probability"] for one in against), reverse=True)
+    assert [one["probability"] for one in against] == sorted(
+        (one["probability"] for one in against), reverse=True
+    )
     assert all(one["folder"] in one["source"] and one["folder"] != one["label"] for one in against)
     with Image.open(tmp_path / "seen" / "contradictions.jpg") as sheet:
         assert sheet.width == 900
@@ -322,19 +350,29 @@ def test_evaluate_prints_a_table_or_one_object(inside, model, photos, tmp_path):
 
 
 def test_errors_name_the_way_out(inside, model, photos, tmp_path):
-    assert "no such model; 'python train.py' makes one" in inside("predict.py", "x.jpg", "--model", "no.pt", check=1).stderr
+    assert (
+        "no such model; 'python train.py' makes one"
+        in inside("predict.py", "x.jpg", "--model", "no.pt", check=1).stderr
+    )
     (tmp_path / "empty").mkdir()
     assert "empty: no photos or videos in this folder" in inside("predict.py", "empty", check=1).stderr
     (tmp_path / "crops" / "0none").mkdir(parents=True)
     Image.new("RGB", (128, 128), "green").save(tmp_path / "crops" / "0none" / "meadow.jpg")
-    assert "no face in any of 1 photos; if they are mouth crops, add --crops" in inside("predict.py", "--evaluate", "crops", check=1).stderr
+    assert (
+        "no face in any of 1 photos; if they are mouth crops, add --crops"
+        in inside("predict.py", "--evaluate", "crops", check=1).stderr
+    )
     Image.new("RGB", (99, 99)).save(photos / "preview.jpg")  # beside the class folders: of no class
     (photos / "9other").mkdir()
     (photos / "2smile" / "s05_1.png").rename(photos / "9other" / "s05_1.png")
-    assert "9other, which is none of the model's classes" in inside("predict.py", "--evaluate", "data/raw", check=1).stderr
+    assert (
+        "9other, which is none of the model's classes"
+        in inside("predict.py", "--evaluate", "data/raw", check=1).stderr
+    )
 
 
-ODD = "\x1b]0;x\x07\n\x9b2J\u202e\u5634\udcff.png"  # sets a title, breaks the line, clears the screen, turns the writing; bytes that are no UTF-8
+# sets a title, breaks the line, clears the screen, turns the writing; bytes that are no UTF-8
+ODD = "\x1b]0;x\x07\n\x9b2J\u202e\u5634\udcff.png"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
@@ -343,21 +381,33 @@ def test_names_of_files_and_classes_steer_no_terminal_and_are_exact_in_json(shel
         (tmp_path / "in" / label).mkdir(parents=True)
         shutil.copy(next((mouths / "data" / "val").glob("*/*.png")), tmp_path / "in" / label / ODD)
     shell_c = {"LANG": "C", "LC_ALL": "", "PYTHONIOENCODING": ""}
-    out = shell("predict.py", "--evaluate", "in", "in", "gone\x1b[2J.png", "--crops", env=shell_c, check=1).stdout
+    out = shell(
+        "predict.py", "--evaluate", "in", "in", "gone\x1b[2J.png", "--crops", env=shell_c, check=1
+    ).stdout
     assert all(line.isprintable() for line in out.split("\n"))
     shown = r"\x1b]0;x\x07\n\x9b2J\u202e" + "\u5634" + r"\udcff.png"
-    assert out.count(shown) == 5  # a line for each of three, and for the two whose folder the model contradicts
+    # a line for each of three, and for the two whose folder the model contradicts
+    assert out.count(shown) == 5
     assert "gone\\x1b[2J.png  unreadable: No such file" in out
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as poor:
-        main([str(tmp_path / "in"), "--evaluate", str(tmp_path / "in"), "--model", str(model), "--crops", "--json"])
+        folder = str(tmp_path / "in")
+        main([folder, "--evaluate", folder, "--model", str(model), "--crops", "--json"])
         poor.flush()
     scores, *faces = map(json.loads, poor.buffer.getvalue().decode("ascii").splitlines())
     sources = [str(tmp_path / "in" / label / ODD) for label in ("0none", "2smile", "\u5f20\u5634")]
-    assert [face["source"] for face in faces] == sources and {one["source"] for one in scores["contradicted"]} < set(sources)
-    assert all(list(face["probabilities"]) == list(scores["classes"]) == ["0none", "2smile", "\u5f20\u5634"] for face in faces)
+    assert [face["source"] for face in faces] == sources
+    assert {one["source"] for one in scores["contradicted"]} < set(sources)
+    assert all(
+        list(face["probabilities"]) == list(scores["classes"]) == ["0none", "2smile", "\u5f20\u5634"]
+        for face in faces
+    )
     (tmp_path / "in" / "0none").rename(tmp_path / "in" / "\x1b[31m\nred")
     error = shell("predict.py", "--evaluate", "in", env=shell_c, check=1).stderr
-    assert error.startswith(r"error: in: holds \x1b[31m\nred, which is none of") and error.count("\n") == 1 and error[:-1].isprintable()
+    assert (
+        error.startswith(r"error: in: holds \x1b[31m\nred, which is none of")
+        and error.count("\n") == 1
+        and error[:-1].isprintable()
+    )
 
 
 HOSTILE = ("<script>alert(1)<!--", "\"'>&amp;", "\u5f20\u5634 #50%?")
@@ -389,7 +439,9 @@ def gallery(orl, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
     face = Image.fromarray(orl["s05_1"])
-    names = ["\u5f20\u5634 #1 50%.png", "a&lt;b.png"] + (["<b>\"x'.png", "two\nlines.png", "c:d?e.png", "back\\slash.png"] if os.name != "nt" else [])
+    names = ["\u5f20\u5634 #1 50%.png", "a&lt;b.png"] + (
+        ["<b>\"x'.png", "two\nlines.png", "c:d?e.png", "back\\slash.png"] if os.name != "nt" else []
+    )
     for name in names:
         face.save(folder / name)
     Image.new("RGB", (200, 200), "green").save(folder / "meadow.jpg")
@@ -402,8 +454,10 @@ def test_the_page_shows_every_photo_and_no_name_breaks_it(gallery):
     out, names = gallery
     page = Page((out / "index.html").read_text("utf-8"))
     assert page.tags.count("script") == 1 and page.tags.count("figure") == len(names) + 2
-    assert {unquote(link) for link in page.links} == {p.name for p in out.glob("*.jpg")} and len(page.links) == len(names) + 1
-    assert all("%" in link or link.isascii() for link in page.links) and not any(":" in link or "#" in link for link in page.links)
+    assert {unquote(link) for link in page.links} == {p.name for p in out.glob("*.jpg")}
+    assert len(page.links) == len(names) + 1
+    assert all("%" in link or link.isascii() for link in page.links)
+    assert not any(":" in link or "#" in link for link in page.links)
     assert set(HOSTILE) <= page.texts and {str(out.parent / "in" / name) for name in names} <= page.texts
     assert {"no face found", "no face (1)", "unreadable (1)"} <= page.texts
     assert "http" not in (out / "index.html").read_text("utf-8").replace(str(out), "")
@@ -411,7 +465,8 @@ def test_the_page_shows_every_photo_and_no_name_breaks_it(gallery):
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_page_filters_by_class_and_doubt(tmp_path):
-    from predict import Card, gallery as write
+    from predict import Card
+    from predict import gallery as write
 
     rows = [[0.9, 0.1], [0.55, 0.45], [0.2, 0.8]]
     cards = [Card(tmp_path / f"{i}.jpg", None, [np.array(row)], "") for i, row in enumerate(rows)]
@@ -420,14 +475,32 @@ def test_the_page_filters_by_class_and_doubt(tmp_path):
     (tmp_path / "index.html").write_text(write(cards, ("a", "b")), "utf-8")
     seen = {}
     for state in ("", "#class=0", "#most=60", "#class=0&most=60", "#class=no_face&most=60"):
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                   "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-                   f"{(tmp_path / 'index.html').as_uri()}{state}"]
+        command = [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            f"{(tmp_path / 'index.html').as_uri()}{state}",
+        ]
         dom = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60).stdout
-        seen[state] = dom.count("<figure") - dom.count('hidden=""'), f"<b>{dom.count('<figure') - dom.count('hidden=' + chr(34) * 2)} of 5</b>" in dom
+        seen[state] = (
+            dom.count("<figure") - dom.count('hidden=""'),
+            f"<b>{dom.count('<figure') - dom.count('hidden=' + chr(34) * 2)} of 5</b>" in dom,
+        )
     # both.jpg is sure of a and doubtful of b: not a doubtful a
-    assert seen == {"": (5, True), "#class=0": (3, True), "#most=60": (2, True), "#class=0&most=60": (1, True),
-                    "#class=no_face&most=60": (1, True)}
+    assert seen == {
+        "": (5, True),
+        "#class=0": (3, True),
+        "#most=60": (2, True),
+        "#class=0&most=60": (1, True),
+        "#class=no_face&most=60": (1, True),
+    }
 
 
 def test_help_fits_a_screen_and_its_examples_work(model, two_faces, tmp_path, monkeypatch, capsys):
@@ -438,13 +511,18 @@ def test_help_fits_a_screen_and_its_examples_work(model, two_faces, tmp_path, mo
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 45 and max(map(len, lines)) <= 100
     *_, inputs, camera = lines
-    assert inputs.startswith("  python predict.py ") and camera == "  python predict.py --camera 0"  # tests/test_video.py
+    assert inputs.startswith("  python predict.py ")
+    assert camera == "  python predict.py --camera 0"  # tests/test_video.py
     (tmp_path / "holiday").mkdir()
     two_faces.rename(tmp_path / "holiday" / "two.png")
     with pytest.raises(SystemExit, match="1"):
         main(shlex.split(inputs)[2:])  # where photo.jpg and clip.mp4 are missing
     out = capsys.readouterr().out
-    assert "photo.jpg  unreadable" in out and "clip.mp4  unreadable" in out and (tmp_path / "named" / "two.jpg").is_file()
+    assert (
+        "photo.jpg  unreadable" in out
+        and "clip.mp4  unreadable" in out
+        and (tmp_path / "named" / "two.jpg").is_file()
+    )
 
 
 @pytest.mark.parametrize("args, why", [

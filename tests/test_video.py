@@ -14,9 +14,9 @@ from fractions import Fraction
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import train
-from conftest import ROOT
 from net import load_model
 from predict import predict_video
 
@@ -27,8 +27,8 @@ PARTS = (("s05_1", 0.5), None, ("s01_1", 1.0))  # a dark face, nothing, a bright
 @pytest.fixture(scope="module")
 def model(mouths):
     """A model that tells dark mouths from bright ones."""
-    train.main(["--epochs", "12", "--lr", "0.02", "--device", "cpu", "--data", str(mouths / "data"), "--models", str(mouths / "seen"),
-                "--logs", str(mouths / "logs")])
+    folders = [f"--data={mouths / 'data'}", f"--models={mouths / 'seen'}", f"--logs={mouths / 'logs'}"]
+    train.main(["--epochs", "12", "--lr", "0.02", "--device", "cpu", *folders])
     return mouths / "seen" / "model.pt"
 
 
@@ -63,7 +63,7 @@ def frames_of(path):
 
 
 def write_frames(path, times, size=(320, 240), codec="libx264", pixels="yuv420p", parts=1000, last=None):
-    """Frames that grow brighter, each shown at its time (seconds, in so many parts); the `last` one for so long."""
+    """Frames that grow brighter, each at its time (seconds, in so many parts); the last one lasts `last`."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as file:
         options = {"libvpx": {"deadline": "realtime"}, "libx264": {"bf": "0"} if last else {}}
@@ -113,24 +113,34 @@ def test_json_has_an_object_a_face_and_frame(predicted, orl, tmp_path):
     write_clip(tmp_path / "clip.avi", orl, "MJPG")
     lines = [json.loads(line) for line in predicted("clip.avi", "--json")]
     assert [line["time"] for line in lines] == [round(i / RATE, 3) for i in range(3 * HOLD)]
-    assert {line["label"] for line in lines[:HOLD]} == {"dark"} and {line["label"] for line in lines[-10:]} == {"bright"}
-    assert lines[HOLD + 5] == {"source": "clip.avi", "time": round((HOLD + 5) / RATE, 3), "face": None, "error": "no face found"}
+    assert {line["label"] for line in lines[:HOLD]} == {"dark"}
+    assert {line["label"] for line in lines[-10:]} == {"bright"}
+    assert lines[HOLD + 5] == {
+        "source": "clip.avi",
+        "time": round((HOLD + 5) / RATE, 3),
+        "face": None,
+        "error": "no face found",
+    }
     for line in lines[:HOLD]:
         assert line["face"] == 1 and sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_moving_face_keeps_its_number_and_its_mouth_is_where_the_frame_shows_it(model, orl, cropper, tmp_path):
+def test_a_moving_face_keeps_its_number_and_its_mouth_is_where_the_frame_shows_it(
+    model, orl, cropper, tmp_path
+):
     clip = write_clip(tmp_path / "clip.avi", orl, "MJPG", [("s05_1", 0.5)] * 2)
     moments = list(predict_video(cv2.VideoCapture(str(clip)), load_model(model)))
     assert [moment.numbers for moment in moments] == [[1]] * (2 * HOLD)
     assert Counter(moment.faces[0].detector for moment in moments)["followed"] > HOLD
     for moment in moments:
-        alone, side = cropper(moment.frame, largest=True)[0].mouth, moment.faces[0].mouth[2] - moment.faces[0].mouth[0]
+        alone = cropper(moment.frame, largest=True)[0].mouth
+        side = moment.faces[0].mouth[2] - moment.faces[0].mouth[0]
         assert np.abs(np.subtract(alone, moment.faces[0].mouth)).max() < side / 4
 
 
 def test_a_change_of_expression_comes_over_some_frames(model, orl, tmp_path):
-    clip = write_clip(tmp_path / "clip.avi", orl, "MJPG", [("s05_1", 0.5), ("s05_1", 1.0)])  # the same face grows bright
+    brighter = [("s05_1", 0.5), ("s05_1", 1.0)]  # the same face
+    clip = write_clip(tmp_path / "clip.avi", orl, "MJPG", brighter)
     moments = list(predict_video(cv2.VideoCapture(str(clip)), load_model(model)))
     assert [moment.numbers for moment in moments] == [[1]] * (2 * HOLD)
     rows = np.array([moment.probabilities[0] for moment in moments])
@@ -148,7 +158,10 @@ def test_two_faces_have_two_numbers(model, orl, tmp_path):
     writer.release()
     moments = list(predict_video(cv2.VideoCapture(str(tmp_path / "two.avi")), load_model(model)))
     assert [moment.numbers for moment in moments] == [[1, 2]] * 15
-    left = [min(moment.numbers, key=lambda n: moment.faces[moment.numbers.index(n)].mouth[0]) for moment in moments]
+    left = [
+        min(moment.numbers, key=lambda n: moment.faces[moment.numbers.index(n)].mouth[0])
+        for moment in moments
+    ]
     assert len(set(left)) == 1
 
 
@@ -182,7 +195,13 @@ def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(pre
     out = "\n".join(predicted(folder.name, "--save", folder.name))
     assert "clip.mp4  0:00.00  face 1  dark" in out and "1 face in 1 of 1 photo" in out
     assert (folder / "clip.mp4").read_bytes() == before and (folder / "photo.jpg").read_bytes() == photo
-    assert {p.name for p in folder.iterdir()} == {"clip.mp4", "photo.jpg", "clip_2.mp4", "photo_2.jpg", "index.html"}
+    assert {p.name for p in folder.iterdir()} == {
+        "clip.mp4",
+        "photo.jpg",
+        "clip_2.mp4",
+        "photo_2.jpg",
+        "index.html",
+    }
     crops = [json.loads(line) for line in predicted(folder.name, "--crops", "--json")]
     assert crops and all(line["source"].endswith(".jpg") for line in crops)
 
@@ -192,10 +211,15 @@ def test_copies_keep_rates_that_mpeg4_cannot_hold(predicted, rate, tmp_path):
     write_frames(tmp_path / "clip.mp4", np.arange(30) / rate, parts=round(1000 * rate), last=1 / rate)
     predicted("clip.mp4", "--save", "named")
     levels, found = levels_of(tmp_path / "named" / "clip.mp4")
-    assert 30 <= len(levels) <= 31 and found == pytest.approx(rate, rel=1e-4) and (np.diff(levels)[:29] > 3).all()
+    assert (
+        30 <= len(levels) <= 31
+        and found == pytest.approx(rate, rel=1e-4)
+        and (np.diff(levels)[:29] > 3).all()
+    )
 
 
-TIMES = np.concatenate([np.arange(15) / 30, 0.5 + np.arange(5) / 4, 1.75 + np.arange(30) / 60])  # 30, 4, 60 frames/s
+# 30, then 4, then 60 frames a second
+TIMES = np.concatenate([np.arange(15) / 30, 0.5 + np.arange(5) / 4, 1.75 + np.arange(30) / 60])
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.webm"])
@@ -247,7 +271,8 @@ def test_a_song_with_a_cover_is_no_damaged_video(predicted, codec, pixels, tmp_p
         sound, cover = file.add_stream("aac", rate=44100, layout="mono"), file.add_stream(codec, rate=1)
         cover.width, cover.height, cover.pix_fmt = 100, 100, pixels
         cover.disposition = av.stream.Disposition.attached_pic
-        for packet in cover.encode(av.VideoFrame.from_ndarray(np.full((100, 100, 3), 200, np.uint8), "rgb24")):
+        picture = av.VideoFrame.from_ndarray(np.full((100, 100, 3), 200, np.uint8), "rgb24")
+        for packet in cover.encode(picture):
             packet.pts = packet.dts = 0
             file.mux(packet)
         for start in range(0, 2 * 44100, 1024):
@@ -291,7 +316,11 @@ def test_a_video_that_cannot_be_written_costs_itself_only(inside, model, orl, fa
     write_clip(tmp_path / "in" / "b.mp4", orl, parts=PARTS[:1])
     monkeypatch.setattr(cv2, "VideoWriter", Writer)
     out = inside("predict.py", "in", "--save", "named", "--model", model, check=1).stdout
-    said = "cannot be written, 160 x 120 at 20.0 frames" if fault == "refuses" else "could not be written; is there room"
+    said = (
+        "cannot be written, 160 x 120 at 20.0 frames"
+        if fault == "refuses"
+        else "could not be written; is there room"
+    )
     assert f"in/a.mp4  named/a.mp4 {said}" in out and "in/b.mp4  dark 100%" in out
     assert sorted(path.name for path in (tmp_path / "named").iterdir()) == ["b.mp4", "index.html"]
     page = (tmp_path / "named" / "index.html").read_text()
@@ -300,11 +329,15 @@ def test_a_video_that_cannot_be_written_costs_itself_only(inside, model, orl, fa
 
 def test_a_resolution_that_changes_within_a_video(predicted, tmp_path):
     first = write_frames(tmp_path / "a.ts", np.arange(20) / 20, parts=90_000).read_bytes()
-    second = write_frames(tmp_path / "b.ts", 1.1 + np.arange(20) / 20, size=(640, 480), parts=90_000).read_bytes()
+    second = write_frames(
+        tmp_path / "b.ts", 1.1 + np.arange(20) / 20, size=(640, 480), parts=90_000
+    ).read_bytes()
     (tmp_path / "both.ts").write_bytes(first + second)
     lines = [json.loads(line) for line in predicted("both.ts", "--save", "named", "--json")]
     frames, rate = frames_of(tmp_path / "named" / "both.mp4")
-    assert len(lines) == 40 and len(frames) in (40, 41) and {frame.shape for frame in frames} == {(240, 320, 3)}
+    assert (
+        len(lines) == 40 and len(frames) in (40, 41) and {frame.shape for frame in frames} == {(240, 320, 3)}
+    )
 
 
 def test_videos_that_say_how_they_were_held_are_upright(predicted, orl, tmp_path):
@@ -315,7 +348,8 @@ def test_videos_that_say_how_they_were_held_are_upright(predicted, orl, tmp_path
     writer.release()
     clip, one = bytearray((tmp_path / "held.mp4").read_bytes()), 1 << 16
     matrix = clip.index(b"tkhd") + 44
-    clip[matrix:matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 320 * one, 0, 1 << 30)  # as telephones do
+    quarter = struct.pack(">9i", 0, one, 0, -one, 0, 0, 320 * one, 0, 1 << 30)  # as telephones write it
+    clip[matrix:matrix + 36] = quarter
     (tmp_path / "held.mp4").write_bytes(clip)
     assert "face 1  dark" in predicted("held.mp4", "--save", "named")[0]
     assert {frame.shape for frame in frames_of(tmp_path / "named" / "held.mp4")[0]} == {(240, 320, 3)}
@@ -358,11 +392,17 @@ def screen():
 def test_the_live_window_shows_bars_and_ends(model, orl, tmp_path, screen, how):
     clip = write_clip(tmp_path / "clip.mp4", orl, parts=[("s05_1", 0.5)] * 60)
     env = os.environ | {"DISPLAY": screen}
-    live = subprocess.Popen([sys.executable, str(ROOT / "predict.py"), "--camera", str(clip), "--model", str(model)], env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    live = subprocess.Popen(
+        [sys.executable, str(ROOT / "predict.py"), "--camera", str(clip), "--model", str(model)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert live.stdout.readline().split("  ")[1:4] == ["0:00.00", "face 1", "dark"]
-        window = _within(20, lambda: subprocess.run(["xdotool", "search", "--name", "q quits"], env=env, capture_output=True, text=True).stdout)
+        search = ["xdotool", "search", "--name", "q quits"]
+        window = _within(20, lambda: subprocess.run(search, env=env, capture_output=True, text=True).stdout)
 
         def shown():
             png = subprocess.run(["import", "-window", "root", "png:-"], env=env, capture_output=True).stdout
@@ -375,7 +415,9 @@ def test_the_live_window_shows_bars_and_ends(model, orl, tmp_path, screen, how):
             for one in window.split():
                 _ask_to_close(screen, int(one))
         else:
-            subprocess.run(["xdotool", "windowfocus", window.split()[0], "key", how], env=env, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                ["xdotool", "windowfocus", window.split()[0], "key", how], env=env, stderr=subprocess.DEVNULL
+            )
         _, err = live.communicate(timeout=20)
         assert live.returncode == 0 and not err
     finally:
@@ -400,7 +442,8 @@ def _ask_to_close(screen, window):
     display = x.XOpenDisplay(screen.encode())
     long, ulong = ctypes.c_long, ctypes.c_ulong
     client_message = 33
-    event = (long * 24)()  # an XClientMessageEvent: type, serial, send_event, display, window, message_type, format, data
+    # an XClientMessageEvent: type, serial, send_event, display, window, message_type, format, data
+    event = (long * 24)()
     event[0], event[3], event[4] = client_message, display, window
     event[5], event[6] = x.XInternAtom(display, b"WM_PROTOCOLS", 0), 32
     event[7] = x.XInternAtom(display, b"WM_DELETE_WINDOW", 0)
