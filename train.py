@@ -3,14 +3,11 @@
     python train.py                              the textbook's recipe: 300 epochs, SGD, StepLR
     python train.py --recipe strong              better, in fewer epochs
     python train.py --recipe finetune            from trained weights: a few photos are enough
-    python train.py --epochs 40 --lr 0.05        the textbook's recipe, shorter and gentler
     python train.py --resume                     go on after Ctrl-C or a crash
     torchrun --nproc_per_node=2 -- train.py      the same on two processes or GPUs, or many machines
-    tensorboard --logdir logs                    the curves
 
-All crops are decoded once, to 64 x 64, and live in memory, 12 KiB each. models/model.pt is a plain
-state dict; models/model.json beside it says everything else. The textbook's recipe keeps the epoch
-with the best validation accuracy; the others, whose learning rate ends at zero, keep the last one.
+models/model.pt is a plain state dict of the kept epoch: the one with the best validation accuracy, or
+the last one where the learning rate ends at zero. models/model.json beside it says everything else.
 """
 
 import argparse
@@ -1189,54 +1186,54 @@ def epoch_line(scores, epochs, sizes, times, better):
 def parse_args(argv=None):
     title, examples, more = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(
-        usage="python train.py [options]", description=f"{title}\n\n{more}", epilog=f"examples:\n{examples}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34))
-    recipe = parser.add_argument_group(
-        f"recipe: each flag overrides what --recipe sets; defaults for {' / '.join(RECIPES)}")
+        usage="python train.py [options]", description=f"{title}\n{more}", epilog=f"examples:\n{examples}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36))
+    names = " / ".join(RECIPES)
+    recipe = parser.add_argument_group(f"what --recipe sets, and a flag overrides ({names})")
 
     def setting(flag, help, **more):
-        values = [recipe[flag.strip("-").replace("-", "_")] for recipe in RECIPES.values()]
-        shown = " / ".join(
-            value.name if isinstance(value, Path) else "none" if value is None else
-            " ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
+        def show(value):
+            if isinstance(value, list):
+                return " ".join(map(str, value))
+            if isinstance(value, Path):
+                return value.stem
+            return {"True": "yes", "False": "no", "None": "none"}.get(str(value), str(value))
+
+        values = [show(recipe[flag.strip("-").replace("-", "_")]) for recipe in RECIPES.values()]
+        shown = values[0] if len(set(values)) == 1 else " / ".join(values)
         recipe.add_argument(flag, help=f"{help} ({shown})", **more)
 
-    recipe.add_argument("--recipe", choices=RECIPES, default="textbook",
-                        help="as printed there, or better, or from trained weights (default: %(default)s)")
-    setting("--weights", "to start from, instead of random ones", type=Path, metavar="FILE")
+    yes_or_no = argparse.BooleanOptionalAction
+    setting("--weights", "file to start from", type=Path, metavar="FILE")
     setting("--epochs", "passes over the training set", type=int, metavar="N")
     setting("--batch-size", "over all processes", type=int, metavar="N")
     setting("--lr", "highest learning rate", type=float, metavar="LR")
     setting("--momentum", "of SGD; Nesterov's with one-cycle", type=float, metavar="M")
     setting("--weight-decay", "of SGD", type=float, metavar="W")
     setting("--schedule", "of the learning rate", choices=["step", "one-cycle"])
-    setting("--step-size", "epochs after which it drops, with step", type=int, metavar="N")
-    setting("--gamma", "and by which factor", type=float, metavar="G")
-    setting("--crop", "area of random crops, least and most; over 1 beyond the border", type=float, nargs=2,
-            metavar="A")
-    setting("--shift", "how far a crop of the whole may be off its centre", type=float, metavar="S")
-    setting("--flip", "mirror every other image; --no-flip for left against right",
-            action=argparse.BooleanOptionalAction)
-    setting("--rotate", "random turns up to this many degrees", type=float, metavar="D")
-    setting("--colour", "change of brightness, contrast, saturation", type=float, metavar="C")
-    setting("--grey", "share of images that lose their colour to a tint", type=float, metavar="P")
+    setting("--step-size", "epochs between drops, with step", type=int, metavar="N")
+    setting("--gamma", "and their factor", type=float, metavar="G")
+    setting("--crop", "area of random crops", type=float, nargs=2, metavar=("LOW", "HIGH"))
+    setting("--shift", "of a crop as large as the image", type=float, metavar="S")
+    setting("--flip", "mirror half of the images", action=yes_or_no)
+    setting("--rotate", "turns up to this many degrees", type=float, metavar="D")
+    setting("--colour", "change of brightness, contrast ...", type=float, metavar="C")
+    setting("--grey", "share that loses its colour to a tint", type=float, metavar="P")
     setting("--smoothing", "of the labels", type=float, metavar="S")
-    setting("--average", "decay of a moving average of the weights; 0: none", type=float, metavar="D")
-    setting("--balance", "rare classes count more; 1: all the same in sum", type=float, metavar="P")
-    setting("--freeze-norm", "leave batch norm's statistics as the weights have them",
-            action=argparse.BooleanOptionalAction)
-    setting("--keep", "the epoch whose weights model.pt gets", choices=["best", "last"])
+    setting("--average", "decay of an average of the weights", type=float, metavar="D")
+    setting("--balance", "how much more rare classes count", type=float, metavar="P")
+    setting("--freeze-norm", "keep batch norm's statistics", action=yes_or_no)
+    setting("--keep", "epoch that model.pt gets", choices=["best", "last"])
+    parser.add_argument("--recipe", choices=RECIPES, default="textbook", metavar="NAME",
+                        help=f"{names} (default: %(default)s)")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the accelerator, if any)")
-    parser.add_argument("--data", type=Path, default=Path("data"),
-                        help="holds train/ and val/ (default: %(default)s)")
-    parser.add_argument("--logs", type=Path, default=Path("logs"),
-                        help="for TensorBoard (default: %(default)s)")
-    parser.add_argument("--models", type=Path, default=Path("models"),
-                        help="for model.pt and model.json (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true",
-                        help=f"go on from <models>/{CHECKPOINT} with that run's settings")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, mps ... (default: the accelerator, if any)")
+    for name, what in (("data", "holds train/ and val/"), ("logs", "for tensorboard --logdir"),
+                       ("models", "for model.pt and model.json")):
+        parser.add_argument(f"--{name}", type=Path, default=Path(name), metavar="DIR",
+                            help=f"{what} (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help=f"go on from {CHECKPOINT}, with its settings")
     args = parser.parse_args(argv)
     parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(argv)
