@@ -828,8 +828,9 @@ def look_at(tasks, workers):
                 except (EOFError, OSError):  # it is dead
                     if not worker.ready:
                         raise ChildProcessError(
-                            "worker processes die before they begin; is there enough memory? Try --workers 1. "
-                            "A script of your own must call this below 'if __name__ == \"__main__\":'") from None
+                            "worker processes die before they begin; is there enough memory? "
+                            "Try --workers 1. A script of your own must call this below "
+                            "'if __name__ == \"__main__\":'") from None
                     worker.end()
                     crew[i] = Worker()
                     task, *others = worker.tasks

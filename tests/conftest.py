@@ -21,7 +21,9 @@ CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; 'pytest -m slow' runs these, the default run leaves them out")
+    config.addinivalue_line(
+        "markers", "slow: takes minutes; 'pytest -m slow' runs these, the default run leaves them out"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -60,7 +62,7 @@ def photos(tmp_path, orl):
 
 @pytest.fixture(scope="session")
 def mouths(tmp_path_factory, orl, cropper):
-    """data/train and data/val in a folder: 40 real mouths of two classes, 32 and 8, told apart by brightness."""
+    """data/train and data/val in a folder: 32 and 8 real mouths of two classes, told apart by brightness."""
     root = tmp_path_factory.mktemp("mouths")
     for i, name in enumerate(sorted(orl)[:200:5]):
         face = cropper(np.repeat(orl[name][..., None], 3, 2), largest=True)[0]
@@ -74,7 +76,7 @@ def mouths(tmp_path_factory, orl, cropper):
 
 @pytest.fixture
 def ctrl_c(monkeypatch):
-    """Ctrl-C while an epoch of a run is validated: ``with ctrl_c(4): train.main(...)``. The run must end as promised."""
+    """Ctrl-C while an epoch is validated: ``with ctrl_c(4): train.main(...)``, which must end as promised."""
     import train
 
     @contextlib.contextmanager
@@ -87,7 +89,13 @@ def ctrl_c(monkeypatch):
                 raise KeyboardInterrupt
             return real(*args, **more)
 
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"saved; 'python train\.py --resume( --(data|logs|models) [^\n]+)*' goes on$"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(
+                SystemExit,
+                match=r"saved; 'python train\.py --resume( --(data|logs|models) [^\n]+)*' goes on$",
+            ),
+        ):
             patch.setattr(train, "evaluate", evaluate)
             yield
 

@@ -380,7 +380,9 @@ def test_heic_photos_name_the_package_that_reads_them_and_are_tried_again_with_i
     folder.mkdir(parents=True)
     face.save(folder / "usual.png")
     pillow_heif.from_pillow(face).save(folder / "IMG_0001.HEIC")
-    pillow_heif.from_pillow(face.rotate(3)).save(folder / "IMG_0002.jpg", format="HEIF")  # as messengers name them
+    pillow_heif.from_pillow(face.rotate(3)).save(
+        folder / "IMG_0002.jpg", format="HEIF"
+    )  # as messengers name them
     (folder / "IMG_0003.HEIC").write_text("none at all")
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "pillow_heif.py").write_text("raise ImportError")
@@ -710,7 +712,9 @@ class Code:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_says(mouths, tmp_path, monkeypatch):
+def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_says(
+    mouths, tmp_path, monkeypatch
+):
     import torch
 
     import train
@@ -725,9 +729,18 @@ def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_say
     torch.save(state | {"settings": settings}, checkpoint)
     train.main([*args, "--resume", "--epochs", "2"])
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 2 and not elsewhere.exists()
-    for content in (state | {"classes": ["a\x1b[2J", "b"]}, state | {"more": Code(elsewhere)}, {key: state[key] for key in state if key != "settings"}, [1], b"", checkpoint.read_bytes()[:-1000]):
+    for content in (
+        state | {"classes": ["a\x1b[2J", "b"]},
+        state | {"more": Code(elsewhere)},
+        {key: state[key] for key in state if key != "settings"},
+        [1],
+        b"",
+        checkpoint.read_bytes()[:-1000],
+    ):
         checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
-        with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: damaged \([^\n]+\); start again without --resume$"):
+        with pytest.raises(
+            SystemExit, match=r"^error: .*checkpoint.pt: damaged \([^\n]+\); start again without --resume$"
+        ):
             train.main([*args, "--resume"])
     assert not elsewhere.exists()
 
@@ -741,7 +754,18 @@ def test_class_folders_that_a_model_could_not_name_end_training_before_it_begins
             (tmp_path / part).mkdir(exist_ok=True)
             (tmp_path / part / name).symlink_to(mouths / "data" / part / label)
     with pytest.raises(SystemExit, match=r"^error: class 1 is 'dark\\x1b\[2J'"):
-        train.main(["--data", str(tmp_path), "--models", str(tmp_path / "models"), "--logs", str(tmp_path / "logs"), "--epochs", "1"])
+        train.main(
+            [
+                "--data",
+                str(tmp_path),
+                "--models",
+                str(tmp_path / "models"),
+                "--logs",
+                str(tmp_path / "logs"),
+                "--epochs",
+                "1",
+            ]
+        )
     assert not (tmp_path / "logs").exists()
 
 
@@ -753,7 +777,18 @@ def test_names_of_classes_and_images_steer_no_terminal_in_training(mouths, tmp_p
     for part in ("train", "val"):
         for label, name in (("bright", "bright"), ("dark", "\u7b11\u202e")):
             shutil.copytree(mouths / "data" / part / label, data / part / name)
-    args = ["--data", str(data), "--models", str(tmp_path / "models"), "--logs", str(tmp_path / "logs"), "--device", "cpu", "--epochs", "1"]
+    args = [
+        "--data",
+        str(data),
+        "--models",
+        str(tmp_path / "models"),
+        "--logs",
+        str(tmp_path / "logs"),
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+    ]
     train.main(args)
     out = capsys.readouterr().out
     assert "\u7b11\\u202e" in out and all(line.isprintable() for line in out.splitlines())
@@ -936,20 +971,48 @@ def test_training_killed_anywhere_resumes_to_the_same_weights(mouths, tmp_path, 
     from net import load_model
 
     def run(models, *more):
-        return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {TRAIN}", "--data", str(mouths / "data"), "--device", "cpu",
-                "--batch-size", "16", "--epochs", "6", "--lr", "0.03", "--models", str(models), "--logs", str(tmp_path / "logs"), *more]
+        return [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); {TRAIN}",
+            "--data",
+            str(mouths / "data"),
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "6",
+            "--lr",
+            "0.03",
+            "--models",
+            str(models),
+            "--logs",
+            str(tmp_path / "logs"),
+            *more,
+        ]
 
     def weights(models):
-        return torch.load(models / "model.pt", weights_only=True) | torch.load(models / "checkpoint.pt", weights_only=True)["model"]
+        return (
+            torch.load(models / "model.pt", weights_only=True)
+            | torch.load(models / "checkpoint.pt", weights_only=True)["model"]
+        )
 
     assert not killed(run(tmp_path / "reference"))
-    reference, about = weights(tmp_path / "reference"), json.loads((tmp_path / "reference" / "model.json").read_text())
+    reference, about = (
+        weights(tmp_path / "reference"),
+        json.loads((tmp_path / "reference" / "model.json").read_text()),
+    )
     models, hits = tmp_path / "work" / "models", 0
     rng = random.Random(n)
     for i in itertools.count():
         resume = ["--resume"] if (models / "checkpoint.pt").exists() else []
         # saving an epoch touches some ten files; the last ones are the end's
-        hits += killed(run(models, *resume), touches=rng.randrange(1, 60)) if i % 3 != 2 else killed(run(models, *resume), seconds=rng.uniform(3, 9))
+        hits += (
+            killed(run(models, *resume), touches=rng.randrange(1, 60))
+            if i % 3 != 2
+            else killed(run(models, *resume), seconds=rng.uniform(3, 9))
+        )
         if (models / "checkpoint.pt").exists():
             assert 1 <= torch.load(models / "checkpoint.pt", weights_only=True)["epoch"] <= 6
         if (models / "model.pt").exists():
@@ -973,14 +1036,30 @@ def test_a_kill_between_checkpoint_and_model_leaves_no_old_model_behind(mouths, 
     def stop(*args, **more):
         raise KeyboardInterrupt
 
-    args = ["--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", "--epochs", "2", "--logs", str(tmp_path / "logs"), "--models", str(tmp_path / "models")]
+    args = [
+        "--data",
+        str(mouths / "data"),
+        "--device",
+        "cpu",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "2",
+        "--logs",
+        str(tmp_path / "logs"),
+        "--models",
+        str(tmp_path / "models"),
+    ]
     monkeypatch.setattr(train, "SAVE_SECONDS", float("inf"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train, "save_model", stop)
         train.main(args)
     assert [path.name for path in files_in(tmp_path / "models")] == ["checkpoint.pt"]
     train.main([*args, "--resume"])
-    assert json.loads((tmp_path / "models" / "model.json").read_text())["last"]["epoch"] == 2 and (tmp_path / "models" / "model.pt").exists()
+    assert (
+        json.loads((tmp_path / "models" / "model.json").read_text())["last"]["epoch"] == 2
+        and (tmp_path / "models" / "model.pt").exists()
+    )
 
 
 @linux
@@ -1249,18 +1328,36 @@ def test_training_on_a_full_or_read_only_disk_keeps_the_old_model(mouths, disk, 
     import train
 
     folder = disk(30_000)
-    args = ["--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", "--models", str(folder / "models"), "--logs", str(folder / "logs")]
+    args = [
+        "--data",
+        str(mouths / "data"),
+        "--device",
+        "cpu",
+        "--batch-size",
+        "16",
+        "--models",
+        str(folder / "models"),
+        "--logs",
+        str(folder / "logs"),
+    ]
     train.main([*args, "--epochs", "1"])
     before = files_in(folder / "models")
     fill(folder, 2000)
-    with pytest.raises(SystemExit, match=r"^error: .*models/checkpoint.pt: cannot be written \(No space left on device\)[^\n]*$"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^error: .*models/checkpoint.pt: cannot be written \(No space left on device\)[^\n]*$",
+    ):
         train.main([*args, "--epochs", "2"])
     assert files_in(folder / "models") == before
     fill(folder, 0)
-    one_line(shell("train.py", *args, "--epochs", 2, check=1), "logs: cannot be written (No space left on device)")  # TensorBoard's files
+    one_line(
+        shell("train.py", *args, "--epochs", 2, check=1), "logs: cannot be written (No space left on device)"
+    )  # TensorBoard's files
     assert files_in(folder / "models") == before
     remount(folder, "ro")
-    with pytest.raises(SystemExit, match=r"^error: .*models/.lock: cannot be written \(Read-only file system\)[^\n]*$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: .*models/.lock: cannot be written \(Read-only file system\)[^\n]*$"
+    ):
         train.main([*args, "--epochs", "2"])
     assert files_in(folder / "models") == before
 
@@ -1273,8 +1370,26 @@ def test_training_is_saved_although_the_disk_of_the_curves_is_full(mouths, disk,
     logs = disk(350) / "logs"  # room for the beginning
     monkeypatch.setattr(train, "SAVE_SECONDS", float("inf"))
     with pytest.raises(SystemExit, match=r"logs: cannot be written \(No space left on device\)"):
-        train.main(["--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", "--models", str(tmp_path / "models"), "--logs", str(logs), "--epochs", "10"])
-    assert torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["epoch"] >= 1 and (tmp_path / "models" / "model.pt").exists()
+        train.main(
+            [
+                "--data",
+                str(mouths / "data"),
+                "--device",
+                "cpu",
+                "--batch-size",
+                "16",
+                "--models",
+                str(tmp_path / "models"),
+                "--logs",
+                str(logs),
+                "--epochs",
+                "10",
+            ]
+        )
+    assert (
+        torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["epoch"] >= 1
+        and (tmp_path / "models" / "model.pt").exists()
+    )
 
 
 # --- two at once

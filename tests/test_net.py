@@ -37,7 +37,9 @@ def test_forward_gives_the_same_in_any_memory_format():
 def test_square_is_torchvisions_resize_and_center_crop(width, height, size, seed):
     noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-    expected = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])(image)
+    expected = transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )(image)
     assert torch.equal(square(image, size), expected)
     assert torch.equal(square(np.asarray(image), size), expected)
 
@@ -46,7 +48,12 @@ def test_square_of_a_strip_takes_no_memory_for_what_it_drops():
     strip = Image.new("L", (50_000_000, 1), 90)
     strip.paste(30, (25_000_000, 0, 50_000_000, 1))
     out = square(strip)
-    assert (out[..., 0] > 88).all() and (out[..., -1] < 32).all() and (out[..., 23] > 60).all() and (out[..., 24] < 60).all()
+    assert (
+        (out[..., 0] > 88).all()
+        and (out[..., -1] < 32).all()
+        and (out[..., 23] > 60).all()
+        and (out[..., 24] < 60).all()
+    )
     assert torch.equal(square(strip.transpose(Image.Transpose.TRANSPOSE)), out.transpose(1, 2))
 
 
@@ -80,14 +87,30 @@ def test_textbook_checkpoints_load_without_json(tmp_path):
     assert load_model(tmp_path / "parallel.pth").classes == CLASSES
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda weights: {"state_dict": weights, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}},
-    lambda weights: {"model_state_dict": weights, "loss": 0.1},
-    lambda weights: {"model": {f"module.{key}": value for key, value in weights.items()}, "args": {"lr": 0.1}},
-    lambda weights: {"state_dict": {f"model._orig_mod.{key}": value for key, value in weights.items()}},
-    lambda weights: {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in weights.items()},
-    lambda weights: {key: value.half() for key, value in weights.items()},
-], ids=["state_dict", "model_state_dict", "DataParallel in a checkpoint", "Lightning, compiled", "average", "half"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: {"state_dict": weights, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}},
+        lambda weights: {"model_state_dict": weights, "loss": 0.1},
+        lambda weights: {
+            "model": {f"module.{key}": value for key, value in weights.items()},
+            "args": {"lr": 0.1},
+        },
+        lambda weights: {"state_dict": {f"model._orig_mod.{key}": value for key, value in weights.items()}},
+        lambda weights: (
+            {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in weights.items()}
+        ),
+        lambda weights: {key: value.half() for key, value in weights.items()},
+    ],
+    ids=[
+        "state_dict",
+        "model_state_dict",
+        "DataParallel in a checkpoint",
+        "Lightning, compiled",
+        "average",
+        "half",
+    ],
+)
 def test_state_dicts_that_other_programs_wrapped_load(tmp_path, wrap):
     weights = simpleconv3(4).state_dict()
     torch.save(wrap(weights), tmp_path / "theirs.pt")
@@ -102,7 +125,9 @@ def test_a_checkpoint_of_a_training_run_loads_as_the_model_that_it_kept(mouths, 
     train.main(["--data", str(mouths / "data"), "--models", str(tmp_path), "--logs", str(tmp_path / "logs"),
                 "--device", "cpu", "--recipe", "strong", "--epochs", "2"])
     model, checkpoint = (load_model(tmp_path / name) for name in ("model.pt", "checkpoint.pt"))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), checkpoint.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), checkpoint.state_dict().values())
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
@@ -117,14 +142,21 @@ def test_a_json_file_that_an_editor_saved_anew_keeps_its_class_names(tmp_path, e
 
 def test_predict_takes_what_notebooks_have():
     torch.manual_seed(0)
-    model, crop = simpleconv3(4).eval(), np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    model, crop = (
+        simpleconv3(4).eval(),
+        np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8),
+    )
     expected = predict(model, [crop])
     torch.testing.assert_close(predict(torch.nn.DataParallel(model), [crop]), expected)
     grey = crop[..., 0]
     assert torch.equal(predict(model, [grey]), predict(model, [grey[..., None]]))
     assert torch.equal(predict(model, np.stack([crop, crop])), expected.expand(2, -1))
-    for odd, why in (([crop / 255], "float64"), ([crop[..., :2]], r"\(60, 60, 2\)"), (Image.fromarray(crop), "one image"),
-                     (grey, "one image")):
+    for odd, why in (
+        ([crop / 255], "float64"),
+        ([crop[..., :2]], r"\(60, 60, 2\)"),
+        (Image.fromarray(crop), "one image"),
+        (grey, "one image"),
+    ):
         with pytest.raises(ValueError, match=why):
             predict(model, odd)
     half = predict(model.half(), [crop])
@@ -157,21 +189,36 @@ class Calls:
         return self.call[0], self.call[1:]
 
 
-@pytest.mark.parametrize("content, reason", [
-    (b"", ""), (b"PK\x03\x04 no zip", ""), ([1, 2], ""), ({"fc3.weight": 3}, ""), ({"a": torch.zeros(2)}, "fc3.weight"),
-    (simpleconv3(4), "holds more than tensors"), (altered("fc3.weight", torch.zeros(0, 128)) | {"fc3.bias": torch.zeros(0)}, "no classes"), ({3: torch.zeros(2)}, ""),
-    (altered("conv2.weight", torch.zeros(24, 12, 5, 5)), "size mismatch"),
-    (altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.int32)), "fc2.weight is torch.int32"),
-    (altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.complex64)), "fc2.weight is torch.complex64"),
-    (altered("conv1.bias", torch.full((12,), torch.nan)), "conv1.bias holds what is no weight"),
-    (altered("fc1.bias", torch.full((1200,), 1e300, dtype=torch.float64)), "fc1.bias holds what is no weight"),
-    (altered("bn2.running_var", torch.full((24,), -1.0)), "bn2.running_var holds what is no weight"),
-    (altered("fc3.weight", torch.zeros(1, 1).expand(10**7, 128)), "tensors of more than 16 MiB"),
-    (altered("fc3.weight", torch.zeros(20_000_000, 0)), "fc3.weight has another shape"),
-    (altered("new", torch.zeros(5 * 2**20, dtype=torch.uint8)), "new is torch.uint8"),
-    (altered("new", torch.zeros(4 * 2**20)), "tensors of more than 16 MiB"),
-    (Calls(bytearray, 2**28), "holds more than tensors"),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", ""),
+        (b"PK\x03\x04 no zip", ""),
+        ([1, 2], ""),
+        ({"fc3.weight": 3}, ""),
+        ({"a": torch.zeros(2)}, "fc3.weight"),
+        (simpleconv3(4), "holds more than tensors"),
+        (altered("fc3.weight", torch.zeros(0, 128)) | {"fc3.bias": torch.zeros(0)}, "no classes"),
+        ({3: torch.zeros(2)}, ""),
+        (altered("conv2.weight", torch.zeros(24, 12, 5, 5)), "size mismatch"),
+        (altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.int32)), "fc2.weight is torch.int32"),
+        (
+            altered("fc2.weight", torch.zeros(128, 1200, dtype=torch.complex64)),
+            "fc2.weight is torch.complex64",
+        ),
+        (altered("conv1.bias", torch.full((12,), torch.nan)), "conv1.bias holds what is no weight"),
+        (
+            altered("fc1.bias", torch.full((1200,), 1e300, dtype=torch.float64)),
+            "fc1.bias holds what is no weight",
+        ),
+        (altered("bn2.running_var", torch.full((24,), -1.0)), "bn2.running_var holds what is no weight"),
+        (altered("fc3.weight", torch.zeros(1, 1).expand(10**7, 128)), "tensors of more than 16 MiB"),
+        (altered("fc3.weight", torch.zeros(20_000_000, 0)), "fc3.weight has another shape"),
+        (altered("new", torch.zeros(5 * 2**20, dtype=torch.uint8)), "new is torch.uint8"),
+        (altered("new", torch.zeros(4 * 2**20)), "tensors of more than 16 MiB"),
+        (Calls(bytearray, 2**28), "holds more than tensors"),
+    ],
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_is_no_state_dict_of_the_network_is_one_clear_error(tmp_path, content, reason, zipped):
     path = tmp_path / "model.pt"
@@ -205,9 +252,15 @@ def test_models_cut_off_anywhere_are_one_clear_error(tmp_path):
 
 def test_small_archives_of_large_content_are_refused_before_they_are_unpacked(tmp_path):
     torch.save(altered("new", torch.zeros(32 * 2**20)), tmp_path / "large.pt")
-    with zipfile.ZipFile(tmp_path / "large.pt") as large, zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as small:
+    with (
+        zipfile.ZipFile(tmp_path / "large.pt") as large,
+        zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as small,
+    ):
         for entry in large.namelist():
-            if entry.split("/")[1] in ("data.pkl", "version", "byteorder") or large.getinfo(entry).file_size == 2**27:
+            if (
+                entry.split("/")[1] in ("data.pkl", "version", "byteorder")
+                or large.getinfo(entry).file_size == 2**27
+            ):
                 small.writestr(entry, large.read(entry))
     assert (tmp_path / "model.pt").stat().st_size < 2**20
     with pytest.raises(ValueError, match="a compressed archive"):
@@ -215,7 +268,11 @@ def test_small_archives_of_large_content_are_refused_before_they_are_unpacked(tm
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.json"])
-@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("/dev/zero", path), os.mkfifo], ids=["folder", "device", "pipe"])
+@pytest.mark.parametrize(
+    "make",
+    [os.mkdir, lambda path: os.symlink("/dev/zero", path), os.mkfifo],
+    ids=["folder", "device", "pipe"],
+)
 def test_folders_devices_and_pipes_are_not_read(tmp_path, name, make):
     save_model(simpleconv3(4), tmp_path / "model.pt")
     (tmp_path / name).unlink()
@@ -227,25 +284,49 @@ def test_folders_devices_and_pipes_are_not_read(tmp_path, name, make):
 FOUR = {"classes": ["a", "b", "c", "d"]}
 
 
-@pytest.mark.parametrize("about, reason", [
-    ("[]", "no list of classes"), ("{}", "no list of classes"), ('{"classes": "abcd"}', "no list of classes"), ("{", ""), (b"\xff{}", ""),
-    ("[" * 10**5, ""), (" " * 2**20 + json.dumps(FOUR), "larger than 1 MiB"), (b"[" + b"1" * 5000 + b"]", ""),
-    ({"classes": ["a", "b"]}, "names 2 classes, but the weights beside it have 4"),
-    ({"classes": ["a", "b", "c", 4]}, "class 3 is 4"), ({"classes": ["a", "b", "c", ["d"]]}, "class 3 is"),
-    ({"classes": ["a", "b", "c", "a"]}, "two classes 'a'"), ({"classes": ["a", "b", "c", ""]}, "class 3 is ''"),
-    ({"classes": ["\x1b[2J", "b", "c", "d"]}, r"class 0 is '\x1b[2J'"), ({"classes": ["a\nb", "b", "c", "d"]}, r"class 0 is 'a\nb'"),
-    ({"classes": ["a", "\x9b", "c", "d"]}, r"class 1 is '\x9b'"), ({"classes": ["a", "b", "\ud800", "d"]}, "class 2 is"),
-    ({"classes": ["../../a", "b", "c", "d"]}, "class 0 is '../../a'"), ({"classes": ["a", "..", "c", "d"]}, "class 1 is '..'"),
-    ({"classes": ["C:\\a", "b", "c", "d"]}, "class 0 is"), ({"classes": ["a" * 300, "b", "c", "d"]}, "class 0 is 'aaa"),
-    *[(FOUR | {"temperature": t}, "temperature must be") for t in (0, -1, "1", None, True, [1], float("nan"), float("inf"), 1e-40, 10**400)],
-])
+@pytest.mark.parametrize(
+    "about, reason",
+    [
+        ("[]", "no list of classes"),
+        ("{}", "no list of classes"),
+        ('{"classes": "abcd"}', "no list of classes"),
+        ("{", ""),
+        (b"\xff{}", ""),
+        ("[" * 10**5, ""),
+        (" " * 2**20 + json.dumps(FOUR), "larger than 1 MiB"),
+        (b"[" + b"1" * 5000 + b"]", ""),
+        ({"classes": ["a", "b"]}, "names 2 classes, but the weights beside it have 4"),
+        ({"classes": ["a", "b", "c", 4]}, "class 3 is 4"),
+        ({"classes": ["a", "b", "c", ["d"]]}, "class 3 is"),
+        ({"classes": ["a", "b", "c", "a"]}, "two classes 'a'"),
+        ({"classes": ["a", "b", "c", ""]}, "class 3 is ''"),
+        ({"classes": ["\x1b[2J", "b", "c", "d"]}, r"class 0 is '\x1b[2J'"),
+        ({"classes": ["a\nb", "b", "c", "d"]}, r"class 0 is 'a\nb'"),
+        ({"classes": ["a", "\x9b", "c", "d"]}, r"class 1 is '\x9b'"),
+        ({"classes": ["a", "b", "\ud800", "d"]}, "class 2 is"),
+        ({"classes": ["../../a", "b", "c", "d"]}, "class 0 is '../../a'"),
+        ({"classes": ["a", "..", "c", "d"]}, "class 1 is '..'"),
+        ({"classes": ["C:\\a", "b", "c", "d"]}, "class 0 is"),
+        ({"classes": ["a" * 300, "b", "c", "d"]}, "class 0 is 'aaa"),
+        *[
+            (FOUR | {"temperature": t}, "temperature must be")
+            for t in (0, -1, "1", None, True, [1], float("nan"), float("inf"), 1e-40, 10**400)
+        ],
+    ],
+)
 def test_json_that_does_not_fit_is_one_clear_error(tmp_path, about, reason):
     save_model(simpleconv3(4), tmp_path / "model.pt")
     text = json.dumps(about) if isinstance(about, dict) else about
     (tmp_path / "model.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match="model.json: (not the JSON file of a model|names 2 classes)") as error:
+    with pytest.raises(
+        ValueError, match="model.json: (not the JSON file of a model|names 2 classes)"
+    ) as error:
         load_model(tmp_path / "model.pt")
-    assert reason in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path)) and str(error.value).isprintable()
+    assert (
+        reason in str(error.value)
+        and len(str(error.value)) < 400 + len(str(tmp_path))
+        and str(error.value).isprintable()
+    )
 
 
 def test_names_in_any_script_are_class_names(tmp_path):
@@ -282,7 +363,10 @@ def test_predict_takes_crops_of_any_size():
 def test_command_line_shows_layers_and_parameters(inside, tmp_path):
     assert "1,608,980" in inside("net.py").stdout
     save_model(simpleconv3(2), tmp_path / "two.pt")
-    assert "--export would replace the weights" in inside("net.py", "two.pt", "--export", "./two.pt", check=2).stderr
+    assert (
+        "--export would replace the weights"
+        in inside("net.py", "two.pt", "--export", "./two.pt", check=2).stderr
+    )
     (tmp_path / "two.json").unlink()
     out = inside("net.py", "two.pt").stdout
     assert "fc3" in out and "1,608,722" in out and "classes: 0, 1" in out
@@ -293,7 +377,9 @@ def test_command_line_shows_layers_and_parameters(inside, tmp_path):
 def test_nothing_in_a_model_steers_the_terminal(inside, tmp_path):
     save_model(simpleconv3(4), tmp_path / "model.pt", command="\x1b[2J\x9b2J", log="\u202e")
     model = json.loads((tmp_path / "model.json").read_text("utf-8"))
-    (tmp_path / "model.json").write_text(json.dumps(model | {"classes": ["\u202ea", "b", "می\u200cخندد", "d"]}), "utf-8")
+    (tmp_path / "model.json").write_text(
+        json.dumps(model | {"classes": ["\u202ea", "b", "می\u200cخندد", "d"]}), "utf-8"
+    )
     out = inside("net.py", "model.pt").stdout
     assert out.replace("\n", "").replace("\u200c", "").isprintable()
     assert r"\u202ea, b, می‌خندد, d" in out and r"\x9b2J" in out

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from net import CROP_SIZE, load_model, main, normalize, predict, save_model, simpleconv3, square
 
 
@@ -73,7 +73,11 @@ def test_exported_models_are_valid_and_describe_themselves(exported):
     model = onnx.load(str(exported / "model.onnx"))
     onnx.checker.check_model(model, full_check=True)
     about = {one.key: one.value for one in model.metadata_props}
-    assert json.loads(about["classes"]) == ["bright", "张嘴"] and about["input_size"] == str(CROP_SIZE) and about["channels"] == "RGB"
+    assert (
+        json.loads(about["classes"]) == ["bright", "张嘴"]
+        and about["input_size"] == str(CROP_SIZE)
+        and about["channels"] == "RGB"
+    )
     assert about["input"] == "grey levels, 0 to 255" and "mean 0.5 and std 0.5" in about["normalisation"]
     assert model.opset_import[0].version == int(about["opset"]) == 13
 
@@ -81,7 +85,10 @@ def test_exported_models_are_valid_and_describe_themselves(exported):
 def test_without_the_package_the_error_says_what_to_install(inside, monkeypatch, tmp_path):
     save_model(simpleconv3(4), tmp_path / "model.pt")
     monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not there
-    assert "'pip install onnx' brings it" in inside("net.py", "model.pt", "--export", "model.onnx", check=1).stderr
+    assert (
+        "'pip install onnx' brings it"
+        in inside("net.py", "model.pt", "--export", "model.onnx", check=1).stderr
+    )
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -95,9 +102,14 @@ def check_labels(command, folder, crops):
     """Runs an example on eight crops, four of each class, and compares what it prints with net.predict."""
     some = crops[:4] + crops[-4:]
     for (path, _), row in zip(some, expected(folder, some)):
-        out = subprocess.run([*command, path], cwd=folder, capture_output=True, check=True, encoding="utf-8").stdout
+        out = subprocess.run(
+            [*command, path], cwd=folder, capture_output=True, check=True, encoding="utf-8"
+        ).stdout
         label, probability = out.split()
-        assert label == ("bright", "张嘴")[row.argmax()] and abs(float(probability.rstrip("%")) - 100 * row.max()) < 3
+        assert (
+            label == ("bright", "张嘴")[row.argmax()]
+            and abs(float(probability.rstrip("%")) - 100 * row.max()) < 3
+        )
 
 
 def test_the_python_example_prints_the_label(exported, crops):
@@ -109,7 +121,10 @@ def test_the_python_example_prints_the_label(exported, crops):
 @pytest.fixture(scope="module")
 def label_cpp(tmp_path_factory):
     """The program that the comment in label.cpp makes of it."""
-    if not all(map(shutil.which, ("g++", "pkg-config"))) or subprocess.run(["pkg-config", "--exists", "opencv4"]).returncode:
+    if (
+        not all(map(shutil.which, ("g++", "pkg-config")))
+        or subprocess.run(["pkg-config", "--exists", "opencv4"]).returncode
+    ):
         pytest.skip("needs g++ and OpenCV's headers")
     folder, code = tmp_path_factory.mktemp("cpp"), example("label.cpp")
     (folder / "label.cpp").write_text(code, "utf-8")

@@ -2,9 +2,9 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from net import save_model, simpleconv3
 
 READMES = {path.name: path.read_text("utf-8") for path in sorted(ROOT.glob("README*.md"))}
@@ -12,11 +12,14 @@ READMES = {path.name: path.read_text("utf-8") for path in sorted(ROOT.glob("READ
 
 def blocks(text):
     """Fenced blocks without what follows a number sign: comments are in the reader's language."""
-    return [[line.split("#")[0].rstrip() for line in block.splitlines()] for block in re.findall(r"^```.*?^```", text, re.S | re.M)]
+    return [
+        [line.split("#")[0].rstrip() for line in block.splitlines()]
+        for block in re.findall(r"^```.*?^```", text, re.S | re.M)
+    ]
 
 
 def table_figures(text):
-    """For every row of a table the figures and the code in it, in any order: languages put them in different places."""
+    """For every row of a table the figures and code in it, sorted: languages put them in different places."""
     rows = [line for line in text.splitlines() if line.startswith("|")]
     return [sorted(re.findall(r"`[^`]*`|\d+(?:[.,]\d+)*", row)) for row in rows]
 
@@ -39,7 +42,9 @@ def test_files_that_a_readme_links_to_exist(name):
     assert targets and all((ROOT / target).exists() for target in targets)
 
 
-@pytest.mark.parametrize("script", ["net.py", "preprocess_lips.py", "split_train_val.py", "train.py", "predict.py"])
+@pytest.mark.parametrize(
+    "script", ["net.py", "preprocess_lips.py", "split_train_val.py", "train.py", "predict.py"]
+)
 def test_help_fits_a_screen_and_ends_with_examples(inside, monkeypatch, script):
     monkeypatch.setenv("COLUMNS", "100")
     out = inside(script, "--help").stdout
@@ -51,12 +56,18 @@ def test_options_that_the_readme_shows_exist(inside):
     shown = set(re.findall(r"python (\w+\.py)([^\n`#]*)", READMES["README.md"]))
     for script in {script for script, _ in shown if (ROOT / script).exists()}:
         known = inside(script, "--help").stdout
-        for option in (option for one, rest in shown if one == script for option in re.findall(r"--[\w-]+", rest)):
+        for option in (
+            option for one, rest in shown if one == script for option in re.findall(r"--[\w-]+", rest)
+        ):
             assert option in known, (script, option)
 
 
 def test_the_python_example_names_the_mouths_of_a_photo(orl, tmp_path, monkeypatch, capsys):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", READMES["README.md"], re.S) if "LipCropper" in block)
+    code = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", READMES["README.md"], re.S)
+        if "LipCropper" in block
+    )
     save_model(simpleconv3(4), tmp_path / "models" / "model.pt")
     Image.fromarray(np.repeat(sorted(orl.items())[0][1][..., None], 3, 2)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

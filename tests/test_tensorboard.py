@@ -60,26 +60,45 @@ def finished(mouths, tmp_path_factory):
 def test_the_runs_folder_sorts_by_time_names_the_recipe_and_has_no_other_runs_in_it(finished):
     log = finished[0]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_strong", log.name)
-    assert sorted(p.relative_to(log).as_posix() for p in log.rglob("*") if p.is_file() and "tfevents" not in p.name) == [
-        "00025/features/metadata.tsv", "00025/features/sprite.png", "00025/features/tensors.tsv", "projector_config.pbtxt"]
+    assert sorted(
+        p.relative_to(log).as_posix() for p in log.rglob("*") if p.is_file() and "tfevents" not in p.name
+    ) == [
+        "00025/features/metadata.tsv",
+        "00025/features/sprite.png",
+        "00025/features/tensors.tsv",
+        "projector_config.pbtxt",
+    ]
     assert len(list(log.parent.rglob("*tfevents*"))) == 1
 
 
 def test_every_scalar_comes_once_an_epoch_and_recalls_are_the_matrixs_diagonal(finished):
     _, events, matrices, _ = finished
-    for tag in ("data/trainloss", "data/trainacc", "data/valloss", "data/valacc", "data/valbalanced", "learning rate"):
+    for tag in (
+        "data/trainloss",
+        "data/trainacc",
+        "data/valloss",
+        "data/valacc",
+        "data/valbalanced",
+        "learning rate",
+    ):
         assert [step for step, _ in values(events, tag)] == list(range(1, 26))
     for i, name in enumerate(("bright", "dark")):
         steps, recalls = zip(*values(events, f"recall/{name}"))
         assert steps == tuple(range(1, 26))
         assert recalls == pytest.approx([float(matrix[i, i] / matrix[i].sum()) for matrix in matrices])
-    assert values(events, "data/valacc")[9][1] == pytest.approx(float(matrices[9].trace() / matrices[9].sum()))
+    assert values(events, "data/valacc")[9][1] == pytest.approx(
+        float(matrices[9].trace() / matrices[9].sum())
+    )
 
 
 def test_one_layout_draws_training_and_validation_together(finished):
     _, events, _, _ = finished
-    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    layout = layout_pb2.Layout.FromString(
+        events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    )
+    charts = {
+        chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart
+    }
     assert charts["loss"] == ["data/trainloss", "data/valloss"]
     assert charts["accuracy"] == ["data/trainacc", "data/valacc", "data/valbalanced"]
     for patterns in charts.values():
@@ -105,11 +124,17 @@ def test_what_is_heavy_comes_about_ten_times_and_at_the_last_epoch(finished):
 
 def test_a_histogram_of_some_weights_has_the_form_of_all(finished):
     log, events, _, _ = finished
-    weights = torch.load(log.parent.parent / "models" / "checkpoint.pt", weights_only=True)["model"]["fc1.weight"]
+    weights = torch.load(log.parent.parent / "models" / "checkpoint.pt", weights_only=True)["model"][
+        "fc1.weight"
+    ]
     histogram = events.Histograms("fc1/weight")[-1].histogram_value
     assert histogram.num == 10_000
-    assert histogram.sum / histogram.num == pytest.approx(float(weights.mean()), abs=3 * float(weights.std()) / 100)
-    assert (histogram.sum_squares / histogram.num) ** 0.5 == pytest.approx(float(weights.square().mean().sqrt()), rel=0.05)
+    assert histogram.sum / histogram.num == pytest.approx(
+        float(weights.mean()), abs=3 * float(weights.std()) / 100
+    )
+    assert (histogram.sum_squares / histogram.num) ** 0.5 == pytest.approx(
+        float(weights.square().mean().sqrt()), rel=0.05
+    )
 
 
 def hparams(log):
@@ -119,16 +144,26 @@ def hparams(log):
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "hparams":
-                    found[value.tag] = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                    found[value.tag] = plugin_data_pb2.HParamsPluginData.FromString(
+                        value.metadata.plugin_data.content
+                    )
     settings = found["_hparams_/session_start_info"].session_start_info.hparams
-    return {key: value.WhichOneof("kind") and getattr(value, value.WhichOneof("kind")) for key, value in settings.items()}, \
-        "_hparams_/session_end_info" in found
+    return {
+        key: value.WhichOneof("kind") and getattr(value, value.WhichOneof("kind"))
+        for key, value in settings.items()
+    }, "_hparams_/session_end_info" in found
 
 
 def test_settings_and_best_scores_stand_in_the_run_itself(finished):
     log, events, _, _ = finished
     settings, ended = hparams(log)
-    assert ended and settings["recipe"] == "strong" and settings["epochs"] == 25 and settings["flip"] == "True" and settings["keep"] == "last"
+    assert (
+        ended
+        and settings["recipe"] == "strong"
+        and settings["epochs"] == 25
+        and settings["flip"] == "True"
+        and settings["keep"] == "last"
+    )
     assert not {"data", "logs", "models", "resume"} & set(settings)
     best = torch.load(log.parent.parent / "models" / "checkpoint.pt", weights_only=True)["best"]
     for key in ("val_acc", "val_balanced", "val_loss"):
@@ -139,13 +174,24 @@ def test_settings_and_best_scores_stand_in_the_run_itself(finished):
 
 def test_the_projector_finds_a_row_a_label_and_a_picture_for_every_image(finished, mouths):
     log, _, _, logits = finished
-    (about,) = text_format.Parse((log / "projector_config.pbtxt").read_text("utf-8"), ProjectorConfig()).embeddings
+    (about,) = text_format.Parse(
+        (log / "projector_config.pbtxt").read_text("utf-8"), ProjectorConfig()
+    ).embeddings
     features = np.loadtxt(log / about.tensor_path, delimiter="\t")
     rows = [line.split("\t") for line in (log / about.metadata_path).read_text("utf-8").splitlines()]
-    assert features.shape == (8, 128) and rows[0] == ["true", "predicted", "probability", "right"] and len(rows) == 9
+    assert (
+        features.shape == (8, 128)
+        and rows[0] == ["true", "predicted", "probability", "right"]
+        and len(rows) == 9
+    )
     probabilities = logits.softmax(1)
     for row, true, p in zip(rows[1:], ["bright"] * 4 + ["dark"] * 4, probabilities):
-        assert row == [true, ("bright", "dark")[int(p.argmax())], f"{float(p.max()):.3f}", "yes" if row[0] == row[1] else "no"]
+        assert row == [
+            true,
+            ("bright", "dark")[int(p.argmax())],
+            f"{float(p.max()):.3f}",
+            "yes" if row[0] == row[1] else "no",
+        ]
     sprite = np.asarray(Image.open(log / about.sprite.image_path))
     assert list(about.sprite.single_image_dim) == [48, 48] and sprite.shape == (144, 144, 3)
     images = train.load_data(mouths / "data").val_images.permute(0, 2, 3, 1).numpy()
@@ -163,7 +209,11 @@ def test_a_resumed_run_goes_on_in_the_same_folder_without_a_gap_or_a_double(mout
     for tag in ("data/valacc", "recall/dark", "best/val_acc"):
         assert [step for step, _ in values(events, tag)] == list(range(1, 11))
     assert [e.step for e in events.Images("worst mistakes")] == list(range(1, 11))
-    assert len(events.Tensors("custom_scalars__config__")) == 1 and hparams(log)[1] and (log / "projector_config.pbtxt").exists()
+    assert (
+        len(events.Tensors("custom_scalars__config__")) == 1
+        and hparams(log)[1]
+        and (log / "projector_config.pbtxt").exists()
+    )
 
 
 NAMES = ("a\u2028b", "笑\u202e", "x" * 60)
@@ -190,7 +240,12 @@ def test_the_surest_mistake_comes_first():
     images = colours[:, :, None, None].expand(-1, -1, 48, 48)
     probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.0, 1.0]])
     picture = draw_mistakes(images, torch.tensor([1, 0, 0, 1]), probabilities, ("a", "b"))
-    assert [tuple(picture[100, 12 + 156 * place + 70]) for place in range(4)] == [(0, 255, 0), (0, 0, 255), (255, 0, 0), (255, 255, 255)]
+    assert [tuple(picture[100, 12 + 156 * place + 70]) for place in range(4)] == [
+        (0, 255, 0),
+        (0, 0, 255),
+        (255, 0, 0),
+        (255, 255, 255),
+    ]
     some = draw_mistakes(images, torch.tensor([1, 0, 0, 1]), probabilities, ("a", "b"), columns=1, rows=2)
     assert some.shape[0] == 36 + 2 * 190
     right = draw_mistakes(images, torch.tensor([0, 1, 1, 1]), probabilities, ("a", "b"))
@@ -200,4 +255,17 @@ def test_the_surest_mistake_comes_first():
 def test_weights_that_are_no_numbers_do_not_end_in_a_histograms_error(mouths, tmp_path):
     # one step an epoch: the second breaks the weights, which only the validation after it shows
     with pytest.raises(SystemExit, match="epoch 2: the loss is no longer a number; try a lower --lr"):
-        fit(mouths / "data", tmp_path, "--epochs", 10, "--lr", 0.01, "--step-size", 1, "--gamma", "1e30", "--batch-size", 32)
+        fit(
+            mouths / "data",
+            tmp_path,
+            "--epochs",
+            10,
+            "--lr",
+            0.01,
+            "--step-size",
+            1,
+            "--gamma",
+            "1e30",
+            "--batch-size",
+            32,
+        )

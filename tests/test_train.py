@@ -7,16 +7,16 @@ import struct
 import subprocess
 import sys
 
+import hostile
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, PngImagePlugin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision import transforms
 
-import hostile
 import train
-from conftest import ROOT
 from net import load_model, save_model, simpleconv3, square
 from preprocess_lips import read_photo
 from train import confusion_matrix, draw_matrix, evaluate, jitter, load_images, main, random_boxes, resample
@@ -28,7 +28,9 @@ def largest_gap(a, b):
     """Kolmogorov-Smirnov distance of two samples."""
     a, b = np.sort(a), np.sort(b)
     points = np.concatenate([a, b])
-    return np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)).max()
+    return np.abs(
+        np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)
+    ).max()
 
 
 def test_random_boxes_are_distributed_as_torchvisions():
@@ -36,11 +38,30 @@ def test_random_boxes_are_distributed_as_torchvisions():
     ours = random_boxes(n, torch.Generator().manual_seed(0)).double().numpy()
     crop, image = transforms.RandomResizedCrop(48), torch.empty(3, 1000, 1000)
     torch.manual_seed(0)
-    theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)], float)  # top, left, height, width
-    theirs = np.stack([theirs[:, 1] + theirs[:, 3] / 2, theirs[:, 0] + theirs[:, 2] / 2, theirs[:, 3] / 2, theirs[:, 2] / 2], 1) / 500
+    theirs = np.array(
+        [crop.get_params(image, crop.scale, crop.ratio) for _ in range(n)], float
+    )  # top, left, height, width
+    theirs = (
+        np.stack(
+            [
+                theirs[:, 1] + theirs[:, 3] / 2,
+                theirs[:, 0] + theirs[:, 2] / 2,
+                theirs[:, 3] / 2,
+                theirs[:, 2] / 2,
+            ],
+            1,
+        )
+        / 500
+    )
     theirs[:, :2] -= 1
-    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3], lambda b: b[:, 0], lambda b: b[:, 1],
-                    lambda b: b[:, 0] - b[:, 2], lambda b: b[:, 1] + b[:, 3]):
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 2] / b[:, 3],
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+        lambda b: b[:, 0] - b[:, 2],
+        lambda b: b[:, 1] + b[:, 3],
+    ):
         # 1.95 sqrt(2 / n): two samples of one distribution differ by more once in a thousand times
         assert largest_gap(measure(ours), measure(theirs)) < 1.95 * (2 / n) ** 0.5
 
@@ -50,17 +71,23 @@ def test_boxes_lie_inside_the_image_unless_they_may_go_beyond_it():
     assert (boxes[:, :2].abs() + boxes[:, 2:] <= 1 + 1e-6).all()
     wide = random_boxes(5000, torch.Generator().manual_seed(1), (0.4, 1.4), 0.12)
     area = wide[:, 2] * wide[:, 3]
-    assert 0.4 <= area.min() < 0.42 and 1.38 < area.max() <= 1.4 + 1e-6 and abs(float(area.mean()) - 0.9) < 0.02
+    assert (
+        0.4 <= area.min() < 0.42 and 1.38 < area.max() <= 1.4 + 1e-6 and abs(float(area.mean()) - 0.9) < 0.02
+    )
     assert (wide[:, :2].abs() <= (1 - wide[:, 2:]).abs().clamp(min=0.12) + 1e-6).all()
 
 
-@pytest.mark.parametrize("left, top, width, height", [(0, 0, 64, 64), (5, 9, 50, 44), (20, 10, 30, 40), (40, 44, 20, 18)])
+@pytest.mark.parametrize(
+    "left, top, width, height", [(0, 0, 64, 64), (5, 9, 50, 44), (20, 10, 30, 40), (40, 44, 20, 18)]
+)
 def test_pixels_of_a_box_are_torchvisions(mouths, left, top, width, height):
     path = sorted((mouths / "data" / "train").glob("*/*.png"))[3]
     image = load_images([path], 64, mouths / "cache")
     box = torch.tensor([[(left + width / 2) / 32 - 1, (top + height / 2) / 32 - 1, width / 64, height / 64]])
     ours = resample(image, box)[0]
-    resized = transforms.functional.resized_crop(Image.fromarray(image[0].permute(1, 2, 0).numpy()), top, left, height, width, [48, 48])
+    resized = transforms.functional.resized_crop(
+        Image.fromarray(image[0].permute(1, 2, 0).numpy()), top, left, height, width, [48, 48]
+    )
     theirs = transforms.functional.pil_to_tensor(resized).float()
     # ours has no antialiasing: at most 64 pixels become 48, where it hardly matters
     assert (ours - theirs).abs().mean() < (1.5 if width > 48 else 0.5)
@@ -108,7 +135,11 @@ def test_crops_are_seen_upright_and_on_white_as_predict_sees_them(mouths, tmp_pa
     clear.paste((0, 0, 0, 0), (0, 0, 128, 40))
     clear.save(tmp_path / "b.png")
     turned, white = load_images([tmp_path / "a.png", tmp_path / "b.png"], 48, tmp_path / "cache")
-    assert torch.equal(turned, square(crop)) and white[:, :10].eq(255).all() and torch.equal(white[:, 20:], square(crop)[:, 20:])
+    assert (
+        torch.equal(turned, square(crop))
+        and white[:, :10].eq(255).all()
+        and torch.equal(white[:, 20:], square(crop)[:, 20:])
+    )
     for image in (turned, white):
         name = "a.png" if image is turned else "b.png"
         assert torch.equal(image, square(read_photo(tmp_path / name)))
@@ -135,7 +166,9 @@ def test_images_that_do_not_fit_in_memory_live_in_a_file_without_a_name(mouths, 
     paths = sorted((mouths / "data" / "train").glob("*/*.png"))
     in_memory = load_images(paths, 64, tmp_path)
     mapped, memmap = [], np.memmap
-    monkeypatch.setattr(np, "memmap", lambda *args, **more: mapped.append(memmap(*args, **more)) or mapped[-1])
+    monkeypatch.setattr(
+        np, "memmap", lambda *args, **more: mapped.append(memmap(*args, **more)) or mapped[-1]
+    )
     monkeypatch.setattr(train, "free_memory", lambda: 1)
     assert torch.equal(load_images(paths, 64, tmp_path), in_memory)
     assert len(mapped) == 1 and mapped[0].nbytes == in_memory.numel() and not list(tmp_path.iterdir())
@@ -180,12 +213,20 @@ def test_the_average_of_the_weights_lags_behind_them_and_forgets_the_first_ones_
 
 def test_evaluate_sums_over_samples_whatever_the_batches():
     torch.manual_seed(0)
-    model, images, labels = simpleconv3(3), torch.randint(0, 256, (50, 3, 48, 48), dtype=torch.uint8), torch.randint(0, 3, (50,))
+    model, images, labels = (
+        simpleconv3(3),
+        torch.randint(0, 256, (50, 3, 48, 48), dtype=torch.uint8),
+        torch.randint(0, 3, (50,)),
+    )
     small, matrix, logits = evaluate(model, images, labels, batch_size=7)
     large, same, _ = evaluate(model, images, labels)
     torch.testing.assert_close(small, large)
     torch.testing.assert_close(small, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-    assert torch.equal(matrix, same) and matrix.trace() == (logits.argmax(1) == labels).sum() and matrix.sum() == 50
+    assert (
+        torch.equal(matrix, same)
+        and matrix.trace() == (logits.argmax(1) == labels).sum()
+        and matrix.sum() == 50
+    )
 
 
 def test_confusion_matrix_has_true_classes_in_rows():
@@ -202,7 +243,12 @@ def test_calibration_error_by_hand_and_temperature_mends_it():
     true = torch.randn(4000, 3, generator=generator)
     labels = torch.multinomial(true.softmax(1), 1, generator=generator)[:, 0]
     assert train.fit_temperature(3 * true, labels) == pytest.approx(3, rel=0.1)
-    assert train.calibration_error((3 * true).softmax(1), labels) > 0.1 > 0.04 > train.calibration_error(true.softmax(1), labels)
+    assert (
+        train.calibration_error((3 * true).softmax(1), labels)
+        > 0.1
+        > 0.04
+        > train.calibration_error(true.softmax(1), labels)
+    )
 
 
 def test_smoothing_does_not_favour_rare_classes():
@@ -215,7 +261,9 @@ def test_smoothing_does_not_favour_rare_classes():
         criterion(logits[labels], labels).backward()
         optimizer.step()
     wrong = logits.detach().softmax(1)[0, 1:]
-    assert float(wrong[0]) == pytest.approx(float(wrong[1]), rel=0.05) and float(wrong[0]) == pytest.approx(0.1 / 3, rel=0.1)
+    assert float(wrong[0]) == pytest.approx(float(wrong[1]), rel=0.05) and float(wrong[0]) == pytest.approx(
+        0.1 / 3, rel=0.1
+    )
 
 
 def test_rare_classes_weigh_more():
@@ -229,7 +277,9 @@ def test_augmentation_keeps_levels_and_mirrors_turn_about_the_centre(mouths):
     paths = sorted((mouths / "data" / "train").glob("*/*.png"))
     images = load_images(paths, 64, mouths / "cache")
     for recipe in train.RECIPES:
-        settings = {key: train.RECIPES[recipe][key] for key in ("crop", "shift", "flip", "rotate", "colour", "grey")}
+        settings = {
+            key: train.RECIPES[recipe][key] for key in ("crop", "shift", "flip", "rotate", "colour", "grey")
+        }
         batch = train.augment(images, torch.Generator().manual_seed(0), **settings)
         assert batch.shape == (32, 3, 48, 48) and -1 <= batch.min() < batch.max() <= 1
         assert torch.equal(batch, train.augment(images, torch.Generator().manual_seed(0), **settings))
@@ -281,7 +331,9 @@ def test_a_run_learns_and_leaves_model_json_and_curves(run, tmp_path, capsys):
     assert {"confusion matrix", "worst mistakes", "augmented training crops"} == set(tags["images"])
     assert tags["graph"] and tags["histograms"]
     out = capsys.readouterr().out
-    assert out.count("\nepoch ") + out.startswith("epoch ") == 12 and "models/model.pt" in out.replace("\\", "/")
+    assert out.count("\nepoch ") + out.startswith("epoch ") == 12 and "models/model.pt" in out.replace(
+        "\\", "/"
+    )
     assert "one validation image more or less is 12.5%" in out
     run("--resume")
     assert "nothing is left to do; --epochs with a larger number goes on" in capsys.readouterr().out
@@ -316,7 +368,9 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path, ctrl_c, recipe):
     with ctrl_c(4):
         run("--recipe", recipe, "--epochs", 6, "--step-size", 4)
     about = run("--resume")
-    assert about["settings"]["step_size"] == 4 and about["settings"]["recipe"] == recipe  # from the checkpoint
+    assert (
+        about["settings"]["step_size"] == 4 and about["settings"]["recipe"] == recipe
+    )  # from the checkpoint
     whole, resumed = (weights(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "models"))
     for part in ("model", "kept"):
         assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
@@ -348,7 +402,10 @@ def test_a_run_is_not_resumed_on_other_images(run, mouths, tmp_path):
     main(["--epochs", "1", "--device", "cpu"])
     moved = sorted((tmp_path / "data" / "train" / "dark").iterdir())[0]
     moved.rename(tmp_path / "data" / "val" / "dark" / moved.name)
-    with pytest.raises(SystemExit, match="error: data: holds other images than those of the run to resume; start again without --resume"):
+    with pytest.raises(
+        SystemExit,
+        match="error: data: holds other images than those of the run to resume; start again without --resume",
+    ):
         main(["--resume", "--epochs", "2", "--device", "cpu"])
 
 
@@ -370,8 +427,28 @@ def test_classes_that_mirror_each_other_are_learnt_without_flips(tmp_path, flags
                 levels = np.full((64, 64), 130, np.uint8)
                 levels[:, :32], levels[:, 32:] = left - i, 260 - left + i
                 Image.fromarray(levels).save(tmp_path / "data" / part / label / f"{i}.png")
-    main(["--data", str(tmp_path / "data"), "--models", str(tmp_path), "--logs", str(tmp_path / "logs"), *flags,
-          "--device", "cpu", "--batch-size", "16", "--epochs", "8", "--lr", "0.02", "--crop", "0.6", "1"])
+    main(
+        [
+            "--data",
+            str(tmp_path / "data"),
+            "--models",
+            str(tmp_path),
+            "--logs",
+            str(tmp_path / "logs"),
+            *flags,
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "8",
+            "--lr",
+            "0.02",
+            "--crop",
+            "0.6",
+            "1",
+        ]
+    )
     last = json.loads((tmp_path / "model.json").read_text("utf-8"))["last"]["val_acc"]
     assert (last > 0.95) == learnt and (learnt or last < 0.75)
 
@@ -402,7 +479,10 @@ def test_the_last_layers_weights_go_to_classes_of_the_same_name(tmp_path):
 
 def test_of_a_few_images_some_are_left_out_in_turns(run, mouths, capsys):
     run("--epochs", 12, "--lr", 0.03)
-    assert re.search(r"trained on four fifths of all 40 images in turns, it names \d+\.\d% of the rest", capsys.readouterr().out)
+    assert re.search(
+        r"trained on four fifths of all 40 images in turns, it names \d+\.\d% of the rest",
+        capsys.readouterr().out,
+    )
     args = train.parse_args(["--data", str(mouths / "data"), "--epochs", "2000"])
     assert train.leave_some_out(args) is None  # it would take minutes
 
@@ -423,7 +503,9 @@ def test_a_recipe_that_ends_at_rest_keeps_its_last_epoch(run, tmp_path, monkeypa
 def test_a_temperature_is_fitted_on_many_validation_images_only():
     torch.manual_seed(0)
     labels = torch.randint(0, 2, (400,))
-    logits = 9 * torch.nn.functional.one_hot(torch.where(torch.rand(400) < 0.8, labels, 1 - labels), 2).float()
+    logits = (
+        9 * torch.nn.functional.one_hot(torch.where(torch.rand(400) < 0.8, labels, 1 - labels), 2).float()
+    )
     assert train.calibrate(logits, labels)["temperature"] > 2
     assert train.calibrate(logits[:199], labels[:199])["temperature"] == 1.0
 
@@ -434,8 +516,13 @@ def test_computing_in_bfloat16_learns_as_well(run):
 
 def test_a_checkpoint_of_an_earlier_version_says_so(run, tmp_path):
     (tmp_path / "models").mkdir()
-    torch.save({"net": simpleconv3(2).state_dict(), "momentum": [], "log_dir": "x"}, tmp_path / "models" / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="an earlier version of train.py wrote it.; start again without --resume"):
+    torch.save(
+        {"net": simpleconv3(2).state_dict(), "momentum": [], "log_dir": "x"},
+        tmp_path / "models" / "checkpoint.pt",
+    )
+    with pytest.raises(
+        SystemExit, match="an earlier version of train.py wrote it.; start again without --resume"
+    ):
         run("--resume")
 
 
@@ -481,7 +568,9 @@ def test_a_checkpoint_cannot_lead_the_curves_out_of_logs(run, tmp_path):
     for log_dir in ("..", "../..", "logs/..", ".", "", "/", "..\\..", "a\n", 7):
         torch.save(state | {"log_dir": log_dir}, path)
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit, match=r"checkpoint.pt: damaged \([^\n]*\); start again without --resume"):
+        with pytest.raises(
+            SystemExit, match=r"checkpoint.pt: damaged \([^\n]*\); start again without --resume"
+        ):
             run("--resume", "--epochs", 2)
         assert sorted(tmp_path.rglob("*")) == before
     for epochs, log_dir in ((2, "../../elsewhere/begun_in_linux"), (3, "C:\\logs\\begun_in_windows")):
@@ -498,12 +587,25 @@ def test_a_checkpoint_in_which_something_is_of_another_kind_is_damaged(run, tmp_
     path = tmp_path / "models" / "checkpoint.pt"
     state = weights(path)
     short = {key: value for key, value in state["model"].items() if key != "fc3.bias"}
-    for odd in ({"model": short}, {"kept": {}}, {"optimizer": 3}, {"epoch": "one"}, {"best": None}, {"best": {}},
-                {"last": {"val_acc": "x"}}, {"classes": None}, {"settings": []}, {"settings": {}}, {"log_dir": 7}):
+    for odd in (
+        {"model": short},
+        {"kept": {}},
+        {"optimizer": 3},
+        {"epoch": "one"},
+        {"best": None},
+        {"best": {}},
+        {"last": {"val_acc": "x"}},
+        {"classes": None},
+        {"settings": []},
+        {"settings": {}},
+        {"log_dir": 7},
+    ):
         torch.save(state | odd, path)
         with pytest.raises(SystemExit) as end:
             run("--resume", "--epochs", 3)
-        assert re.fullmatch(r"error: models/checkpoint\.pt: damaged \([ -~]+\); start again without --resume", str(end.value)), (odd, end.value)
+        assert re.fullmatch(
+            r"error: models/checkpoint\.pt: damaged \([ -~]+\); start again without --resume", str(end.value)
+        ), (odd, end.value)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_path):
@@ -515,8 +617,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_p
 
 def start(mouths, cwd, *args):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--data", str(mouths / "data"), "--device", "cpu", "--epochs", "100000", *args],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--data",
+            str(mouths / "data"),
+            "--device",
+            "cpu",
+            "--epochs",
+            "100000",
+            *args,
+        ],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for child processes")
@@ -528,7 +644,9 @@ def test_ctrl_c_saves_all_finished_epochs(mouths, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
-    assert f"all finished epochs are saved; 'python train.py --resume --data {mouths / 'data'}' goes on" in err  # the command that finds this run again
+    assert (
+        f"all finished epochs are saved; 'python train.py --resume --data {mouths / 'data'}' goes on" in err
+    )  # the command that finds this run again
     done = json.loads((tmp_path / "models" / "model.json").read_text())["last"]["epoch"]
     printed = [line for line in out.splitlines() if line.startswith("epoch")]
     assert done >= 20 and (not printed or int(printed[-1].split()[1].split("/")[0]) == done)
@@ -536,16 +654,37 @@ def test_ctrl_c_saves_all_finished_epochs(mouths, tmp_path):
 
 def torchrun(mouths, cwd, *args):
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train.py"),
-         "--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", *args],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            str(ROOT / "train.py"),
+            "--data",
+            str(mouths / "data"),
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            *args,
+        ],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_two_processes_train_as_well_as_one_and_write_once(mouths, tmp_path):
     process = torchrun(mouths, tmp_path, "--epochs", "12", "--lr", "0.03")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert out.count("kept the best epoch, ") == 1 and "2 processes" in out and len(list((tmp_path / "logs").iterdir())) == 1
+    assert (
+        out.count("kept the best epoch, ") == 1
+        and "2 processes" in out
+        and len(list((tmp_path / "logs").iterdir())) == 1
+    )
     about = json.loads((tmp_path / "models" / "model.json").read_text())
     assert about["images"] == {"train": 32, "val": 8} and about["best"]["val_acc"] == 1.0
 
@@ -570,11 +709,37 @@ def test_processes_share_gradients_statistics_and_the_counts_of_the_classes(mout
     shutil.copytree(mouths / "data", tmp_path / "data")
     for part in ("train", "val"):  # a class of one image, which one of the processes lacks
         (tmp_path / "data" / part / "rare").mkdir()
-        shutil.copy(sorted((mouths / "data" / part / "dark").iterdir())[0], tmp_path / "data" / part / "rare" / "x.png")
+        shutil.copy(
+            sorted((mouths / "data" / part / "dark").iterdir())[0],
+            tmp_path / "data" / part / "rare" / "x.png",
+        )
     (tmp_path / "ranks.py").write_text(RANKS)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--", "ranks.py", str(ROOT), "--recipe", "strong",
-         "--device", "cpu", "--batch-size", "16", "--epochs", "2", "--logs", "logs"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            "--",
+            "ranks.py",
+            str(ROOT),
+            "--recipe",
+            "strong",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "2",
+            "--logs",
+            "logs",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     first, second = (weights(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -602,12 +767,19 @@ def test_settings_that_cannot_work_are_one_clear_error(inside, mouths, tmp_path)
     shutil.copytree(mouths / "data", tmp_path / "data")
     assert "no run to resume" in inside("train.py", "--resume", check=1).stderr
     for flags, why in (
-            (("--device", "x\x1b[2J"), r"--device x\x1b[2J: this machine has "), (("--smoothing", 2), "--smoothing must be between 0 and 1"),
-            (("--seed", 10**20), "--seed must be between"), (("--rotate", "nan"), "--rotate must be between 0 and 180"),
-            (("--lr", -1), "--lr must be more than 0"), (("--epochs", 0), "--epochs must be at least 1")):
+        (("--device", "x\x1b[2J"), r"--device x\x1b[2J: this machine has "),
+        (("--smoothing", 2), "--smoothing must be between 0 and 1"),
+        (("--seed", 10**20), "--seed must be between"),
+        (("--rotate", "nan"), "--rotate must be between 0 and 180"),
+        (("--lr", -1), "--lr must be more than 0"),
+        (("--epochs", 0), "--epochs must be at least 1"),
+    ):
         assert why in inside("train.py", *flags, check=2).stderr
     shutil.rmtree(tmp_path / "data" / "val" / "dark")
-    assert "all 16 crops of class dark are here, none in data/val; they belong together" in inside("train.py", check=1).stderr
+    assert (
+        "all 16 crops of class dark are here, none in data/val; they belong together"
+        in inside("train.py", check=1).stderr
+    )
     shutil.rmtree(tmp_path / "data" / "train" / "dark")
     assert "only one class, bright" in inside("train.py", check=1).stderr
     (tmp_path / "data" / "val" / "bright" / "broken.jpg").write_bytes(b"nothing")

@@ -1,4 +1,4 @@
-"""The textbook's way of training, to measure against: torchvision transforms on every image of every epoch."""
+"""The textbook's way of training, to measure against: torchvision transforms of every image, every epoch."""
 
 import time
 
@@ -21,7 +21,10 @@ def train_textbook(train, val, nclass, epochs, step_size=100, workers=4):
     (float, float, simpleconv3)
         After every epoch: seconds since the start, validation accuracy, and the network, in eval mode.
     """
-    loaders = [torch.utils.data.DataLoader(part, 64, shuffle=i == 0, num_workers=workers) for i, part in enumerate((train, val))]
+    loaders = [
+        torch.utils.data.DataLoader(part, 64, shuffle=i == 0, num_workers=workers)
+        for i, part in enumerate((train, val))
+    ]
     net = simpleconv3(nclass)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, 0.1)

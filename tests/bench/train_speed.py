@@ -56,7 +56,8 @@ def ours(data, epochs, mapped=False):
     if mapped:
         train.free_memory = lambda: 0
     with tempfile.TemporaryDirectory() as folder:
-        args = train.parse_args(["--data", str(data), "--device", "cpu", "--logs", f"{folder}/logs", "--models", f"{folder}/models"])
+        where = f"--data {data} --device cpu --logs {folder}/logs --models {folder}/models"
+        args = train.parse_args(where.split())
         decode, load = [], train.load_data
 
         def load_data(*args):
@@ -77,11 +78,17 @@ def ours(data, epochs, mapped=False):
         train.Run.record = record
         with contextlib.suppress(KeyboardInterrupt):  # the default recipe, but only its first epochs
             train.train(args)
-    return {"epoch": min(np.diff(marks[1:])), "decode": decode[0], "peak": peak(), "imported": imported, "torch": torch.__version__}
+    return {
+        "epoch": min(np.diff(marks[1:])),
+        "decode": decode[0],
+        "peak": peak(),
+        "imported": imported,
+        "torch": torch.__version__,
+    }
 
 
 def logging(data, epochs):
-    """Seconds in which training waits for its curves, those of the thread that writes them, and those of the whole run."""
+    """Seconds that training waits for its curves, that the thread which writes them takes, and of the run."""
     from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
     import train
@@ -100,11 +107,12 @@ def logging(data, epochs):
 
         setattr(cls, name, method)
 
-    for name in ("__init__", "epoch", "close"):
-        timed(train.Curves, name, "waits", time.perf_counter)
+    for cls, name in ((train.Curves, "__init__"), (train.Curves, "epoch"), (train.SummaryWriter, "close")):
+        timed(cls, name, "waits", time.perf_counter)
     timed(_AsyncWriterThread, "run", "writer", time.thread_time)
     with tempfile.TemporaryDirectory() as folder:
-        args = train.parse_args(["--data", str(data), "--device", "cpu", "--logs", f"{folder}/logs", "--models", f"{folder}/models"])
+        where = f"--data {data} --device cpu --logs {folder}/logs --models {folder}/models"
+        args = train.parse_args(where.split())
         spent["run"] = train.train(args).seconds + spent["waits"]
     return spent
 
@@ -137,25 +145,40 @@ def network(data, epochs):
 
 
 def measure(part, data, epochs, *more):
-    done = subprocess.run([sys.executable, __file__, "--part", part, "--data", str(data), "--epochs", str(epochs), *more],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--part", part, "--data", str(data), "--epochs", str(epochs), *more],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=15086, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--growth", action="store_true", help="1x, 4x and 16x of 2,000 images, in memory and mapped")
-    parser.add_argument("--logging", action="store_true", help="the default recipe's 300 epochs on 400 and on 800 images")
-    parser.add_argument("--part", choices=["textbook", "ours", "mapped", "network", "logging"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--growth", action="store_true", help="1x, 4x and 16x of 2,000 images, in memory and mapped"
+    )
+    parser.add_argument(
+        "--logging", action="store_true", help="the default recipe's 300 epochs on 400 and on 800 images"
+    )
+    parser.add_argument(
+        "--part", choices=["textbook", "ours", "mapped", "network", "logging"], help=argparse.SUPPRESS
+    )
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        result = ours(args.data, args.epochs, True) if args.part == "mapped" else globals()[args.part](args.data, args.epochs)
+        result = (
+            ours(args.data, args.epochs, True)
+            if args.part == "mapped"
+            else globals()[args.part](args.data, args.epochs)
+        )
         print("\n" + json.dumps({k: v if isinstance(v, str) else float(v) for k, v in result.items()}))
         return
     print(f"{os.cpu_count()} cores")
@@ -166,7 +189,9 @@ def main():
                 data = Path(folder) / str(n)
                 make_crops(data, n)
                 rounds = [(measure("ours", data, 4), measure("mapped", data, 4)) for _ in range(args.rounds)]
-                row = [statistics.median(r[i][key] for r in rounds) for i in (0, 1) for key in ("epoch", "peak")]
+                row = [
+                    statistics.median(r[i][key] for r in rounds) for i in (0, 1) for key in ("epoch", "peak")
+                ]
                 print(f"{n:8}{row[0]:10.2f}{row[1]:10.0f}{row[2]:16.2f}{row[3]:10.0f}", flush=True)
             return
         if args.logging:
@@ -174,17 +199,31 @@ def main():
                 data = Path(folder) / str(n)
                 make_crops(data, n)
                 rounds = [measure("logging", data, 300) for _ in range(args.rounds)]
-                waits, writer, run = (statistics.median(r[key] for r in rounds) for key in ("waits", "writer", "run"))
+                waits, writer, run = (
+                    statistics.median(r[key] for r in rounds) for key in ("waits", "writer", "run")
+                )
                 share = statistics.median((r["waits"] + r["writer"]) / r["run"] for r in rounds)
-                print(f"{n:,} images: training waits {waits:.2f} s for its curves, which another thread takes {writer:.2f} s to write, "
-                      f"of {run:.1f} s: {share:.1%} at most", flush=True)
+                print(
+                    f"{n:,} images: training waits {waits:.2f} s for its curves, which another thread takes "
+                    f"{writer:.2f} s to write, "
+                    f"of {run:.1f} s: {share:.1%} at most",
+                    flush=True,
+                )
             return
         data = Path(folder)
         make_crops(data, args.images)
-        rounds = [{part: measure(part, data, epochs) for part, epochs in (("textbook", 2), ("ours", 4), ("network", 3))}
-                  for _ in range(args.rounds)]
+        rounds = [
+            {
+                part: measure(part, data, epochs)
+                for part, epochs in (("textbook", 2), ("ours", 4), ("network", 3))
+            }
+            for _ in range(args.rounds)
+        ]
         for r in rounds:
-            r["ratio"] = {"textbook": r["textbook"]["epoch"] / r["ours"]["epoch"], "network": r["ours"]["epoch"] / r["network"]["epoch"]}
+            r["ratio"] = {
+                "textbook": r["textbook"]["epoch"] / r["ours"]["epoch"],
+                "network": r["ours"]["epoch"] / r["network"]["epoch"],
+            }
 
         def median(*keys):
             return statistics.median(r[keys[0]][keys[1]] for r in rounds)
@@ -193,8 +232,11 @@ def main():
             print(f"{part:9} {median(part, 'epoch'):6.2f} s an epoch")
         print(f"train.py is {median('ratio', 'textbook'):.2f} times as fast as the textbook's loop and takes "
               f"{median('ratio', 'network'):.2f} times what the network alone takes")
-        print(f"decoding {args.images:,} crops {median('ours', 'decode'):.1f} s; peak memory {median('ours', 'peak'):.0f} MB, "
-              f"of which {median('ours', 'imported'):.0f} MB are there once torch is imported")
+        print(
+            f"decoding {args.images:,} crops {median('ours', 'decode'):.1f} s; "
+            f"peak memory {median('ours', 'peak'):.0f} MB, "
+            f"of which {median('ours', 'imported'):.0f} MB are there once torch is imported"
+        )
 
 
 if __name__ == "__main__":
