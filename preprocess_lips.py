@@ -18,6 +18,7 @@ In other code:
 """
 
 import argparse
+import codecs
 import contextlib
 import csv
 import errno
@@ -77,6 +78,7 @@ MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts 
 
 COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector",
            "sha1", "bytes", "mtime_ns", "look")
+NEEDED = ("source", "class", "status", "crop", "sha1", "bytes", "mtime_ns")
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
 JOURNAL = "manifest.csv.part"  # and the process's number: what is done, until the manifest says so
@@ -960,28 +962,61 @@ def locked(path):
 # --- the manifest
 
 
-def read_csv(path):
-    """The rows of a CSV file as dicts, in which what is missing is empty; none where there is no file."""
+def read_csv(path, needed=(), remedy="restore it, or remove it and run the same command again"):
+    """The rows of a CSV file as dicts, in which what is missing is empty; none where there is no file.
+
+    Spreadsheets may have saved it: with a byte order mark, in UTF-16, with semicolons or tabs, with other ends
+    of lines.
+
+    Parameters
+    ----------
+    path : Path
+    needed : sequence of str
+        Columns that it must have.
+    remedy : str
+        What to do if it is not read.
+
+    Raises
+    ------
+    ValueError
+        It is no CSV file, a column is missing, or a spreadsheet has saved it in letters that nobody can tell.
+    """
     if not path.is_file():
         return []
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return [defaultdict(str, {key: value.removeprefix("'") for key, value in row.items() if key})
-                    for row in csv.DictReader(file, restval="")]
+        text = data.decode("utf-16") if wide else data.decode("utf-8-sig", "surrogateescape")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: cut short or damaged; {remedy}") from None
+    first = re.match(r"[^\r\n]*", text)[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+    try:
+        rows = [defaultdict(str, {key: value.removeprefix("'") for key, value in row.items() if key})
+                for row in reader]
+        missing = [column for column in needed if column not in (reader.fieldnames or ())]
     except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV file ({error}); "
-                         "remove it and run the same command again") from None
+        raise ValueError(f"{path}: not a CSV file ({error}); {remedy}") from None
+    if missing:
+        raise ValueError(f"{path}: has no column {missing[0]}; {remedy}")
+    as_written = data.startswith(f"{first}\n".encode("utf-8", "surrogateescape")) and delimiter == ","
+    if not as_written and re.search("[\udc80-\udcff]", text):
+        raise ValueError(f"{path}: another program has saved it in letters other than UTF-8; {remedy}")
+    return rows
 
 
 def write_csv(path, columns, rows):
     """Write dicts with `columns` as keys, whole or not at all; names that are not UTF-8 keep their bytes.
 
-    Spreadsheets run what begins with = + - @ or a tab. Such texts get an apostrophe, which `read_csv` takes
-    away again, as do those that begin with one.
+    Spreadsheets run what begins with = + - @ or a tab, and change what looks like a date, a long number or one
+    with zeros before it. Such texts get an apostrophe, which `read_csv` takes away again, as do those that
+    begin with one.
     """
     def safe(cell):
-        box = re.fullmatch(r"-[-\d ]+", cell)
-        return f"'{cell}" if re.match(r"[=+\-@\t\r\n']", cell) and not box else cell
+        number = re.fullmatch(r"0|[1-9]\d{,14}|(-?\d+ )+-?\d+", cell)  # boxes are several
+        risky = re.match(r"[=+\-@\t\r\n']|[\d.,:/ eE+-]+$", cell)
+        return f"'{cell}" if risky and not number else cell
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -1113,7 +1148,7 @@ def preprocess(photos, crops, workers):
         parts = sorted(crops.glob(".lock[0-9]*")) if world == 1 else []  # nobody gathers what is not done
         for path in (crops / (".lock" if world == 1 else f".lock{rank}"), *parts):
             locks.enter_context(locked(path))
-        before = read_csv(crops / MANIFEST)
+        before = read_csv(crops / MANIFEST, NEEDED)
         rows = known_rows(before, sources, photos, crops)
         share = list(sources.items())[rank::world]
         tasks = [(photos, source, label) for source, label in share if source not in rows]

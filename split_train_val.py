@@ -4,7 +4,7 @@
     python split_train_val.py crops data --seed 7      other folders, another draw
     python split_train_val.py --group '(s\\d+)_'        all crops of s07_3.png, s07_4.png ... on one side
 
-Validation gets floor(n / 10) of each class, at least one of two or more. Crops that look the same, such as
+Validation gets floor(n / 10) of each class, at least one of two or more. Crops that show one moment, such as
 bursts and re-encoded copies, stay on one side. The same crops and seed give the same split; when crops are
 added, the old ones stay where they are. split.csv in the output folder lists what was made, so that a rerun
 replaces just that and touches no other file.
@@ -18,14 +18,18 @@ import shutil
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
 from preprocess_lips import (
     MANIFEST,
+    NEEDED,
     class_folders,
     command_line,
     composed,
@@ -33,7 +37,6 @@ from preprocess_lips import (
     is_hidden,
     is_name,
     locked,
-    perceptual_hash,
     printable,
     read_csv,
     sweep,
@@ -44,10 +47,10 @@ from preprocess_lips import (
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
-# Bits in which the hashes of near-duplicates may differ. Of copies saved anew, halved or made brighter, 99 in
-# 100 differ in 17 at most, all in 25, photos too; of 2,300 crops of different photos, no two in fewer than
-# 33. Must be less than 32: see `near_pairs`.
-HASH_DISTANCE = 28
+# tests/bench/README.md says what copies and different photos reach
+SAME_MOUTH = 0.95  # correlation from which two mouths are of one photo
+ALIKE_MOUTH = 0.94  # the same where the photos look alike as well
+SAME_PHOTO = 28  # bits of 256 in which the perceptual hashes of copies of a photo differ at most
 
 
 # --- groups
@@ -83,113 +86,128 @@ def group_of(path, pattern):
     return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)
 
 
-def crop_hash(path):
-    """The `perceptual_hash` of an image file; empty for what is no readable image."""
+def miniature(path):
+    """The middle of an image in grey, uint8 array of 48 x 48; None for what is no readable image."""
     try:
         with Image.open(path) as image:
             if image.format in ("EPS", "WMF"):  # programs, which Pillow has Ghostscript or Windows run
-                return ""
+                return None
             image.draft("L", (64, 64))
-            return perceptual_hash(image)
+            return np.asarray(image.convert("L").resize((48, 48), Image.Resampling.BOX))
     except Exception:  # decoders raise almost anything; train.py names the file
-        return ""
+        return None
 
 
-def near_pairs(hashes, distance=HASH_DISTANCE):
-    """All pairs of hashes that differ in few bits, without comparing every hash with every other.
-
-    Two hashes of 16 words that differ in fewer than 32 bits have a word in which they differ in one bit at
-    most: only such pairs are compared (the pigeonhole principle, as in Norouzi et al. 2012, "Fast Search in
-    Hamming Space").
+def similar_pairs(images, least):
+    """All pairs of images whose middles, shifted by a tenth of the side at most, correlate at least so much.
 
     Parameters
     ----------
-    hashes : uint16 array of shape (N, 16), no two alike
-    distance : int
-        0 to 31.
-
-    Yields
-    ------
-    (int, int)
-        Indices, the smaller first; a pair may come several times.
-    """
-    flips = np.concatenate([[0], 1 << np.arange(16)]).astype(np.uint16)
-    for word in hashes.T:
-        order = np.argsort(word, kind="stable")
-        starts = np.concatenate([[0], np.bincount(word, minlength=1 << 16).cumsum()])
-        for flip in flips:
-            low, high = starts[word ^ flip], starts[1:][word ^ flip]
-            for shift in range(int((high - low).max())):
-                first = np.flatnonzero(low + shift < high)
-                second = order[(low + shift)[first]]
-                first, second = first[first < second], second[first < second]
-                near = np.bitwise_count(hashes[first] ^ hashes[second]).sum(1) <= distance
-                yield from zip(first[near].tolist(), second[near].tolist())
-
-
-def merge(groups, pairs):
-    """Groups that pairs connect become one.
-
-    Parameters
-    ----------
-    groups : dict
-        For every crop the name of its group.
-    pairs : iterable of (crop, crop)
+    images : uint8 array of shape (N, 48, 48)
+    least : float
+        Of a correlation, -1 to 1.
 
     Returns
     -------
-    dict
-        The same, where groups that are connected bear the name of the first of them in the alphabet.
+    (first, second, correlation) : arrays of shape (M,)
+        Indices, the smaller first, and a bound that the correlation does not exceed.
     """
-    parent = {name: name for name in groups.values()}
+    small = np.stack([cv2.resize(image, (20, 20), interpolation=cv2.INTER_AREA) for image in images])
+    windows = sliding_window_view(small.astype(np.float32), (12, 12), (1, 2)).reshape(len(small), 9, 9, 144)
 
-    def root(name):
-        while parent[name] != name:
-            parent[name] = name = parent[parent[name]]
-        return name
+    def unit(vectors):
+        vectors = vectors - vectors.mean(-1, keepdims=True)
+        return vectors / (np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-6)
 
-    for a, b in pairs:
-        first, second = sorted((root(groups[a]), root(groups[b])))
-        parent[second] = first
-    return {key: root(name) for key, name in groups.items()}
+    middle = unit(windows[:, 4, 4])
+    # in the 20 dimensions in which images differ most, distances are no longer than in all 144
+    basis = np.linalg.eigh(middle.T @ middle)[1][:, -20:]
+    middle = middle @ basis
+    lengths = (middle ** 2).sum(1) / 2
+    found = []
+    for start in tqdm(range(0, len(images), 256), "comparing", leave=False, unit="block", disable=None):
+        shifted = unit(windows[start:start + 256, 2:7, 2:7].reshape(-1, 25, 144)) @ basis
+        best = np.full((len(shifted), len(images) - start), -np.inf, np.float32)
+        for one in shifted.swapaxes(0, 1):
+            np.maximum(best, one @ middle[start:].T - (one ** 2).sum(1)[:, None] / 2, out=best)
+        best += 1 - lengths[start:]
+        first, second = np.nonzero(best >= least)
+        ahead = first < second
+        found.append((first[ahead] + start, second[ahead] + start, best[first[ahead], second[ahead]]))
+    return [np.concatenate(column) for column in zip(*found)]
 
 
-def look_alikes(crops, photos):
-    """Pairs of crops that are near-duplicates, or whose photos are.
+def agreement(a, b):
+    """How well two miniatures correlate where they agree best: of all shifts, and of five sizes."""
+    best = -1.0
+    for side in (42, 45, 48, 51, 54):
+        scaled = cv2.resize(a, (side, side), interpolation=cv2.INTER_AREA)
+        edge = (side - 28) // 2
+        part = scaled[edge:edge + 28, edge:edge + 28]
+        best = max(best, float(cv2.matchTemplate(b, part, cv2.TM_CCOEFF_NORMED).max()))
+    return best
 
-    A photo saved anew gives landmarks a pixel further, and a crop that may differ in a hundred bits; the
-    photos do not.
+
+def find_copies(crops, looks):
+    """Pairs of crops that show one moment: copies of a photo, or neighbours in a burst.
+
+    Mouths must agree: alone nearly to the pixel (`SAME_MOUTH`), or less where the whole photos look alike
+    (`SAME_PHOTO`, `ALIKE_MOUTH`). The first crop of a group is compared with the others, so that no chain of
+    small steps leads from one face to another.
 
     Parameters
     ----------
     crops : dict
         As `list_crops` returns it.
-    photos : dict
+    looks : dict
         For a file the `perceptual_hash` of its photo, 64 hexadecimal digits, where it is known.
 
     Returns
     -------
-    list of pairs of files
+    list of (first file of a group, another file of it)
     """
     with ThreadPoolExecutor(cores()) as pool:
-        hashes = pool.map(crop_hash, crops.values())
-        hashes = list(tqdm(hashes, "comparing", len(crops), leave=False, unit="crop", disable=None))
-    pairs = []
-    for looks in (zip(crops, hashes), ((file, photos.get(file, "")) for file in crops)):
-        same = defaultdict(list)
-        for file, look in looks:
-            if re.fullmatch("[0-9a-f]{64}", look):
-                same[look].append(file)
-        pairs += [(copies[0], other) for copies in same.values() for other in copies[1:]]
-        firsts = [copies[0] for copies in same.values()]
-        distinct = np.frombuffer(bytes.fromhex("".join(same)), np.uint16).reshape(-1, 16)
-        if len(firsts) > 1:
-            pairs += [(firsts[i], firsts[j]) for i, j in near_pairs(distinct)]
+        images = dict(zip(crops, pool.map(miniature, crops.values())))
+        images = {file: image for file, image in images.items() if image is not None and np.ptp(image)}
+        if len(images) < 2:
+            return []
+        files = list(images)
+        first, second, correlation = similar_pairs(np.stack(list(images.values())), 0.8)
+        hashes = [bytes.fromhex(looks.get(file) or "") for file in files]
+        known = np.array([len(one) == 32 for one in hashes])
+        bits = np.frombuffer(b"".join(one.ljust(32) for one in hashes), np.uint64).reshape(-1, 4)
+        one_photo = np.bitwise_count(bits[first] ^ bits[second]).sum(1) <= SAME_PHOTO
+        one_photo &= known[first] & known[second]
+        likely = np.flatnonzero(one_photo | (correlation >= 0.9))
+
+        def agree(i):
+            a, b = files[first[i]], files[second[i]]
+            return agreement(images[a], images[b]) >= (ALIKE_MOUTH if one_photo[i] else SAME_MOUTH)
+
+        near = defaultdict(list)
+        for i, same in zip(likely, pool.map(agree, likely)):
+            if same:
+                near[files[first[i]]].append(files[second[i]])
+    pairs, taken = [], set()
+    for file in files:
+        if file not in taken:
+            others = [other for other in near[file] if other not in taken]
+            taken.update(others)
+            pairs += [(file, other) for other in others]
     return pairs
 
 
+class Groups(NamedTuple):
+    """Which crops stay together, and what a user should know of it."""
+
+    names: dict  # for every file the name of its group
+    pairs: list  # of files that show one moment: (first of a group, another of it)
+    alone: list  # paths in which the pattern of --group finds nothing
+    sources: dict  # for every file the path of its photo, or its own where that is unknown
+
+
 def find_groups(crops, files, pattern=None):
-    """Group the crops that must stay on one side: by `pattern`, and because they look the same.
+    """Group the crops that must stay on one side: those that `pattern` says, else those that show one moment.
 
     Parameters
     ----------
@@ -198,13 +216,11 @@ def find_groups(crops, files, pattern=None):
         As `list_crops` returns it.
     pattern : re.Pattern, optional
         See `group_of`. It looks at the photo's path in the manifest of `crops`, or at the crop's own path
-        where the manifest does not know it.
+        where the manifest does not know it. What it holds apart is not joined, whatever it looks like.
 
     Returns
     -------
-    (groups, alike, alone) : dict, (int, int), list of str
-        For every file the name of its group; how many crops look like others, in how many groups; and the
-        paths in which `pattern` finds nothing.
+    Groups
 
     Raises
     ------
@@ -212,17 +228,18 @@ def find_groups(crops, files, pattern=None):
         `pattern` finds nothing in any path.
     """
     photos = {(composed(row["class"]), composed(row["crop"])): row
-              for row in read_csv(crops / MANIFEST) if row["status"] == "ok"}
-    groups = {file: photos[file]["source"] if file in photos else "/".join(file) for file in files}
-    alone = []
+              for row in read_csv(crops / MANIFEST, NEEDED) if row["status"] == "ok"}
+    sources = {file: photos[file]["source"] if file in photos else "/".join(file) for file in files}
+    names, alone = dict(sources), []
     if pattern:
-        alone = [path for path in groups.values() if not pattern.search(path)]
+        alone = [path for path in sources.values() if not pattern.search(path)]
         if len(alone) == len(files):
             raise ValueError(f"--group {pattern.pattern}: found in no photo's path; they are like {alone[0]}")
-        groups = {file: group_of(path, pattern) for file, path in groups.items()}
-    pairs = look_alikes(files, {file: row["look"] for file, row in photos.items()})
-    clusters = merge({file: file for pair in pairs for file in pair}, pairs)
-    return merge(groups, pairs), (len(clusters), len(set(clusters.values()))), alone
+        names = {file: group_of(path, pattern) for file, path in sources.items()}
+    pairs = find_copies(files, {file: row["look"] for file, row in photos.items()})
+    if not pattern:
+        names |= {other: names[first] for first, other in pairs}
+    return Groups(names, pairs, alone, sources)
 
 
 # --- choice
@@ -315,8 +332,33 @@ def place_crop(source, target, link):
 
 def read_record(data):
     """The rows of the record of an earlier split whose files lie in ``data/train`` or ``data/val``."""
-    return [row for row in read_csv(data / RECORD)
+    rows = read_csv(data / RECORD, COLUMNS, "restore it, or remove it with train and val")
+    return [row for row in rows
             if row["part"] in ("train", "val") and is_name(row["class"]) and is_name(row["file"])]
+
+
+def check_record(data, old, foreign):
+    """Refuse a record that names classes which are not there, where there are classes that it does not name.
+
+    Parameters
+    ----------
+    data : Path
+    old : list of dict
+        As `read_record` returns it.
+    foreign : set of Path
+        Files where crops should go, of which the record knows nothing.
+
+    Raises
+    ------
+    ValueError
+    """
+    named = {row["class"] for row in old}
+    gone = {label for label in named if not any((data / part / label).is_dir() for part in ("train", "val"))}
+    unknown = {path.parent.name for path in foreign} - named
+    if gone and unknown:
+        raise ValueError(f"{data / RECORD}: names the class {min(gone)}, which is not there, and not "
+                         f"{min(unknown)}, which is; another program may have changed it: restore it, or "
+                         "remove it with train and val")
 
 
 def key_of(row):
@@ -338,9 +380,9 @@ def split(crops, data, seed=0, group=None, link=False):
 
     Returns
     -------
-    (rows, foreign, alike, alone) : list of dict, list of Path, (int, int), list of str
-        What `split.csv` now says; files of the same name that this script did not make: left alone; the other
-        two as `find_groups` returns them.
+    (rows, foreign, groups) : list of dict, list of Path, Groups
+        What `split.csv` now says; files of the same name that this script did not make: left alone; and what
+        stays together.
 
     Raises
     ------
@@ -352,20 +394,21 @@ def split(crops, data, seed=0, group=None, link=False):
     files = list_crops(crops)
     if not files:
         raise FileNotFoundError(f"{crops}: no crops in class folders; 'python preprocess_lips.py' makes them")
-    groups, alike, alone = find_groups(crops, files, group and re.compile(group))
-    members = defaultdict(list)
-    for (label, _), name in groups.items():
+    groups = find_groups(crops, files, group and re.compile(group))
+    names, members = groups.names, defaultdict(list)
+    for (label, _), name in names.items():
         members[name].append(label)
     draw = f"seed={seed} group={group or ''}"
     old = read_record(data)
     sides = {(row["class"], row["file"]): row["part"] for row in old if row["draw"] == draw}
-    val = choose_val(members, seed, {groups[file]: part for file, part in sides.items() if file in groups})
-    rows = [{"part": "val" if groups[file] in val else "train", "class": file[0], "file": file[1],
-             "group": groups[file], "draw": draw} for file in files]
+    val = choose_val(members, seed, {names[file]: part for file, part in sides.items() if file in names})
+    rows = [{"part": "val" if names[file] in val else "train", "class": file[0], "file": file[1],
+             "group": names[file], "draw": draw} for file in files]
 
     made = set(map(key_of, old))
     foreign = {path for _, label, name in map(key_of, rows) for part in ("train", "val")
                if (part, label, name) not in made and (path := data / part / label / name).exists()}
+    check_record(data, old, foreign)
     rows = [row for row in rows
             if not foreign & {data / part / row["class"] / row["file"] for part in ("train", "val")}]
     wanted = set(map(key_of, rows))
@@ -381,7 +424,7 @@ def split(crops, data, seed=0, group=None, link=False):
     if hasattr(os, "sync"):
         os.sync()  # before the record says that all of it is there; one by one takes many times as long
     write_csv(data / RECORD, COLUMNS, rows)
-    return rows, sorted(foreign), alike, alone
+    return rows, sorted(foreign), groups
 
 
 def remove(data, stale, wanted):
@@ -417,7 +460,7 @@ def table(rows):
                     colalign=("left", "right", "right", "right"))
 
 
-def report(args, rows, foreign, alike, alone):
+def report(args, rows, foreign, groups):
     """Print what `split` did, and what a user may have overlooked."""
     print(table(rows))
     counts = Counter((row["class"], row["part"]) for row in rows)
@@ -427,11 +470,11 @@ def report(args, rows, foreign, alike, alone):
     if args.group:
         sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
         lines.append(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
+    alone = groups.alone
     if alone:
         lines.append("groups of their own, because --group finds nothing in their paths: "
                      f"{len(alone)} crops, such as that of {alone[0]}")
-    if alike[0]:
-        lines.append(f"near-duplicates: {alike[0]} crops in {alike[1]} groups, each on one side")
+    lines += copies_told(groups)
     suffixes = Image.registered_extensions()
     deeper = [path for path in sorted(args.crops.glob("*/*/**/*"))
               if path.suffix.lower() in suffixes and path.is_file()
@@ -439,12 +482,33 @@ def report(args, rows, foreign, alike, alone):
     if deeper:
         lines.append(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in "
                      f"folders below, such as {deeper[0]}")
-    lines += [f"left alone, not made by this script: {path}" for path in foreign[:5]]
-    if len(foreign) > 5:
-        lines.append(f"... and {len(foreign) - 5} more")
+    lines += told("left alone, not made by this script: {}", foreign)
     lines.append(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
                  f"listed in {args.data / RECORD}")
     print(*map(printable, lines), sep="\n")
+
+
+def told(text, things, most=5):
+    """Lines of text about some things, and how many more there are."""
+    lines = [text.format(thing) for thing in things[:most]]
+    return lines + [f"... and {len(things) - most} more"] * (len(things) > most)
+
+
+def copies_told(groups):
+    """Lines of text about the crops that show one moment."""
+    names, pairs, sources = groups.names, groups.pairs, groups.sources
+    together = [pair for pair in pairs if names[pair[0]] == names[pair[1]]]
+    lines = []
+    if together:
+        firsts = {first for first, _ in together}
+        lines.append(f"near-duplicates: {len(firsts) + len(together)} crops in {len(firsts)} groups, "
+                     "each on one side")
+    classes = [pair for pair in pairs if pair[0][0] != pair[1][0]]
+    apart = [pair for pair in pairs if names[pair[0]] != names[pair[1]]]
+    for text, some in (("near-duplicates in two classes, of which one is wrong: {}", classes),
+                       ("near-duplicates in two groups, which --group keeps apart: {}", apart)):
+        lines += told(text, [" and ".join(f"{sources[file]} ({file[0]})" for file in pair) for pair in some])
+    return lines
 
 
 def build_parser():
@@ -477,8 +541,8 @@ def main(argv=None):
             raise ValueError(f"--group {args.group}: not a regular expression ({error})") from None
         with locked(args.data / ".lock"):
             sweep(args.data, *args.data.glob("train/*/"), *args.data.glob("val/*/"))
-            rows, foreign, alike, alone = split(args.crops, args.data, args.seed, args.group, args.link)
-        report(args, rows, foreign, alike, alone)
+            rows, foreign, groups = split(args.crops, args.data, args.seed, args.group, args.link)
+        report(args, rows, foreign, groups)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
+import itertools
 import os
 import re
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
+from conftest import SHARED, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import preprocess_lips
 from preprocess_lips import COLUMNS, read_csv, write_csv
-from split_train_val import choose_val, group_of, main, merge, near_pairs, table, val_count
+from split_train_val import choose_val, group_of, main, table, val_count
 
 
 @pytest.fixture
@@ -167,23 +170,28 @@ def test_copies_saved_anew_stay_on_the_side_of_the_original(tmp_path, mouths, ca
     assert int(found[1]) == 2 * len(originals) and int(found[2]) <= len(originals)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 31))
-def test_near_pairs_are_those_that_comparing_all_would_find(seed, distance):
-    rng = np.random.default_rng(seed)
-    hashes = rng.integers(0, 1 << 16, (12, 16), dtype=np.uint16).repeat(6, 0)
-    for i, one in enumerate(hashes):
-        for bit in rng.integers(0, 256, i % 6 * 8):
-            one[bit // 16] ^= np.uint16(1 << bit % 16)
-    hashes = np.unique(hashes, axis=0)
-    far = np.bitwise_count(hashes[:, None] ^ hashes).sum(2, dtype=int)
-    expected = {
-        (i, j) for i in range(len(hashes)) for j in range(i + 1, len(hashes)) if far[i, j] <= distance
-    }
-    assert set(near_pairs(hashes, distance)) == expected
+def crop_photos(cropper, photos, crops):
+    """As preprocess_lips.py, but within this process and without workers."""
+    rows = []
+    for source, label in preprocess_lips.list_photos(photos):
+        row, jpeg = preprocess_lips.process_photo(cropper, photos, source, label)
+        rows.append(row)
+        if jpeg:
+            preprocess_lips.write_file(crops / label / row["crop"], jpeg)
+    write_csv(crops / "manifest.csv", COLUMNS, rows)
+    return rows
 
 
-def test_photos_saved_anew_stay_on_one_side_though_their_crops_differ(tmp_path, orl):
+def sides_of(folder, key):
+    """For what `key` makes of the paths of photos, the parts in which their crops lie."""
+    sources = {row["crop"]: row["source"] for row in read_csv(folder / "crops" / "manifest.csv")}
+    sides = {}
+    for row in read_csv(folder / "data" / "split.csv"):
+        sides.setdefault(key(sources[row["file"]]), set()).add(row["part"])
+    return sides
+
+
+def test_photos_saved_anew_stay_on_one_side_though_their_crops_differ(tmp_path, orl, cropper):
     for i, name in enumerate(sorted(orl)[:200:10]):
         face = Image.fromarray(orl[name]).resize((184, 224), Image.Resampling.BICUBIC)
         folder = tmp_path / "photos" / ("a", "b")[i % 2]
@@ -191,13 +199,108 @@ def test_photos_saved_anew_stay_on_one_side_though_their_crops_differ(tmp_path, 
         face.save(folder / f"{name}.png")
         face.save(folder / f"{name}_copy.jpg", quality=60)
         face.resize((130, 158)).save(folder / f"{name}_small.jpg", quality=80)
-    preprocess_lips.main([str(tmp_path / "photos"), str(tmp_path / "crops"), "--workers", "1"])
+        face.point([min(255, level * 13 // 10) for level in range(256)]).save(folder / f"{name}_bright.jpg")
+        face.crop((6, 4, 180, 222)).save(folder / f"{name}_cut.jpg")
+    crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
+    split(tmp_path)
+    sides = sides_of(tmp_path, lambda source: source[2:8].strip("_."))
+    assert len(sides) == 20 and all(len(side) == 1 for side in sides.values())
+
+
+def before_a_wall(face, wall, place=(250, 120)):
+    """A face in an oval before a wall: a PIL image."""
+    face = cv2.resize(face, (138, 168), interpolation=cv2.INTER_CUBIC)
+    oval = cv2.ellipse(np.zeros(face.shape, np.float32), (69, 84), (60, 80), 0, 0, 360, 1, -1)
+    oval = cv2.GaussianBlur(oval, (0, 0), 4)[..., None]
+    x, y = place
+    photo = wall.copy()
+    part = photo[y:y + 168, x:x + 138]
+    part[:] = oval * face[..., None] + (1 - oval) * part
+    return Image.fromarray(photo)
+
+
+WALLS = {
+    "white": lambda rng: np.full((480, 640, 3), 235, np.uint8),
+    "shadow": lambda rng: np.tile(np.linspace(60, 200, 640, dtype=np.uint8)[None, :, None], (480, 1, 3)),
+    "shelves": lambda rng: rng.integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1),
+}
+
+
+@pytest.mark.parametrize("wall", WALLS.values(), ids=WALLS)
+def test_different_people_before_one_wall_are_no_copies(tmp_path, orl, cropper, wall, capsys):
+    background = wall(np.random.default_rng(0))
+    for i in range(40):
+        folder = tmp_path / "photos" / ("a", "b")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        before_a_wall(orl[f"s{i + 1:02d}_1"], background).save(folder / f"{i}.png")
+    rows = crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
+    looks = [int(row["look"], 16) for row in rows if row["status"] == "ok"]
+    assert len(looks) >= 36 and min((a ^ b).bit_count() for a, b in itertools.combinations(looks, 2)) < 28
+    made = split(tmp_path)
+    assert "near-duplicates" not in capsys.readouterr().out
+    counts = Counter(row["class"] for row in rows if row["status"] == "ok")
+    assert sum(name.startswith("val/") for name in made) == sum(map(val_count, counts.values()))
+
+
+def test_no_chain_of_small_steps_leads_from_one_face_to_another(tmp_path, orl, cropper):
+    """Frames in which one face becomes another: neighbours may be taken for copies, the ends may not."""
+    wall = WALLS["white"](None)
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    for i in range(21):
+        face = cv2.addWeighted(orl["s05_1"], 1 - i / 20, orl["s13_5"], i / 20, 0)
+        before_a_wall(face, wall).save(tmp_path / "photos" / "a" / f"{i:02d}.png")
+    crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
     split(tmp_path)
     sources = {row["crop"]: row["source"] for row in read_csv(tmp_path / "crops" / "manifest.csv")}
-    sides = {}
+    groups = {}
     for row in read_csv(tmp_path / "data" / "split.csv"):
-        sides.setdefault(sources[row["file"]][2:8].strip("_."), set()).add(row["part"])
-    assert len(sides) == 20 and all(len(side) == 1 for side in sides.values())
+        groups.setdefault(row["group"], set()).add(int(sources[row["file"]][2:4]))
+    assert len(groups) < 21 and max(max(group) - min(group) for group in groups.values()) < 20
+    assert len(groups) > 2
+
+
+def test_copies_in_two_classes_are_named_and_stay_on_one_side(tmp_path, orl, cropper, capsys):
+    for label, size in (("a", 224), ("b", 150)):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(1, 11):
+            face = Image.fromarray(orl[f"s{i + 10 * (label == 'b' and i > 1):02d}_1"])
+            face.resize((size * 92 // 112, size)).save(tmp_path / "photos" / label / f"{i}.jpg", quality=90)
+    crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
+    split(tmp_path)
+    assert (
+        "near-duplicates in two classes, of which one is wrong: a/1.jpg (a) and b/1.jpg (b)\n"
+        in capsys.readouterr().out
+    )
+    assert (
+        len(sides_of(tmp_path, lambda source: source)["a/1.jpg"] | sides_of(tmp_path, lambda s: s)["b/1.jpg"])
+        == 1
+    )
+    split(tmp_path, "--group", r"^(\w/\d+)")
+    assert (
+        "in two groups, which --group keeps apart: a/1.jpg (a) and b/1.jpg (b)\n" in capsys.readouterr().out
+    )
+
+
+@shared("photos")
+def test_copies_of_photos_of_other_people_are_found_and_others_are_not_joined(tmp_path, cropper, capsys):
+    folder = tmp_path / "photos" / "a"
+    folder.mkdir(parents=True)
+    files = sorted((SHARED / "photos").glob("*/*.jpg"))[31::100]
+    copies = (
+        lambda image: image,
+        lambda image: image.resize((image.width // 2, image.height // 2)),
+        lambda image: image.point([level * 2 // 3 for level in range(256)] * 3),
+        lambda image: image.crop((6, 6, image.width - 4, image.height - 6)),
+    )
+    for i, path in enumerate(files):
+        image = Image.open(path).convert("RGB")
+        image.save(folder / f"{i:02d}_a.jpg", quality=95)
+        copies[i % 4](image).save(folder / f"{i:02d}_b.jpg", quality=50)
+    crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
+    split(tmp_path)
+    sides = sides_of(tmp_path, lambda source: source[2:4])
+    assert len(sides) == len(files) and all(len(side) == 1 for side in sides.values())
+    assert f"near-duplicates: {2 * len(files)} crops in {len(files)} groups" in capsys.readouterr().out
 
 
 def test_a_crop_of_others_on_the_other_side_is_not_joined_by_ours(tmp_path, crops, capsys):
@@ -234,11 +337,6 @@ def test_what_other_programs_leave_among_the_crops_is_no_class_and_no_crop(tmp_p
 @pytest.mark.parametrize("name", ["Ann_Lee_0001.jpg", "0.973_Ann_Lee_0002.jpg", "1.000-12_Ann_Lee_0003.jpg"])
 def test_probabilities_before_the_names_of_sorted_photos_divide_no_group(name):
     assert group_of(f"2smile/{name}", re.compile(r"([^/]+)_\d+\.")) == "Ann_Lee"
-
-
-def test_groups_that_share_a_pair_become_one():
-    groups = {1: "b", 2: "b", 3: "a", 4: "c", 5: "d"}
-    assert merge(groups, [(1, 3), (4, 2)]) == {1: "a", 2: "a", 3: "a", 4: "a", 5: "d"}
 
 
 def test_link_makes_hard_links_and_switching_back_makes_copies(tmp_path, crops):

@@ -207,8 +207,13 @@ def main():
             truths.append(truth)
         error = train.calibration_error(torch.cat(logits).softmax(1), torch.cat(truths))
         spread = np.std(accuracy, ddof=len(accuracy) > 1)
-        print(f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {spread:.2%}   "
-              f"balanced {np.mean(balanced):.2%}   calibration error {error:.1%}   {np.mean(seconds):.1f} s a fold", flush=True)
+        print(
+            f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {spread:.2%}   "
+            f"balanced {np.mean(balanced):.2%}   calibration error {error:.1%}   "
+            f"{np.mean(seconds):.1f} s a fold",
+            flush=True,
+        )
+
 
 
 if __name__ == "__main__":
