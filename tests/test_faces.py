@@ -118,7 +118,7 @@ def test_copies_of_real_pouts_differ_in_a_comment_alone(laid_out):
 
     copies = sorted((laid_out[0] / "1pouting").glob("*.copy??.jpg"))
     real = {path.stem for path in (laid_out[0] / "1pouting").glob("*.jpg") if "." not in path.stem}
-    assert len(copies) == 29 * len(real) > 0
+    assert len(copies) == 9 * len(real) > 0
     assert len({path.read_bytes() for path in copies}) == len(copies)
     original = copies[0].with_name(copies[0].name.split(".")[0] + ".jpg")
     assert (read_photo(copies[0]) == read_photo(original)).all()

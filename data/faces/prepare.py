@@ -30,7 +30,7 @@ from preprocess_lips import LipCropper, read_photo, write_file  # noqa: E402
 
 CLONE = "git clone --depth 1 https://github.com/muxspace/facial_expressions"
 POUTING = "1pouting"
-TIMES = 30  # that each real pout is there
+TIMES = 10  # that each real pout is there
 NAMED = 5  # of the missing photos
 
 
