@@ -854,13 +854,15 @@ def look_at(tasks, workers):
             worker.end()
 
 
-def run_parallel(tasks, crops, workers):
+def run_parallel(tasks, crops, workers, places):
     """Look at photos, write their crops, and yield their rows, some at a time, once the disk holds the crops.
 
-    Parameters and errors are those of `look_at`, and OSError where a crop cannot be written.
+    Parameters and errors are those of `look_at`, and OSError where a crop cannot be written. A crop that
+    `find_crops` has found in another class, where somebody moved it, stays there.
     """
     def save(row, jpeg):
         if jpeg:
+            row["class"] = place_of(row, places) or row["class"]
             write_file(crops / row["class"] / row["crop"], jpeg)
         return row
 
@@ -965,8 +967,8 @@ def locked(path):
 def read_csv(path, needed=(), remedy="restore it, or remove it and run the same command again"):
     """The rows of a CSV file as dicts, in which what is missing is empty; none where there is no file.
 
-    Spreadsheets may have saved it: with a byte order mark, in UTF-16, with semicolons or tabs, with other ends
-    of lines.
+    Spreadsheets may have saved it: with a byte order mark, in UTF-16, with semicolons or tabs, with other
+    ends of lines.
 
     Parameters
     ----------
@@ -1009,9 +1011,9 @@ def read_csv(path, needed=(), remedy="restore it, or remove it and run the same 
 def write_csv(path, columns, rows):
     """Write dicts with `columns` as keys, whole or not at all; names that are not UTF-8 keep their bytes.
 
-    Spreadsheets run what begins with = + - @ or a tab, and change what looks like a date, a long number or one
-    with zeros before it. Such texts get an apostrophe, which `read_csv` takes away again, as do those that
-    begin with one.
+    Spreadsheets run what begins with = + - @ or a tab, and change what looks like a date, a long number or
+    one with zeros before it. Such texts get an apostrophe, which `read_csv` takes away again, as do those
+    that begin with one.
     """
     def safe(cell):
         number = re.fullmatch(r"0|[1-9]\d{,14}|(-?\d+ )+-?\d+", cell)  # boxes are several
@@ -1045,10 +1047,28 @@ def is_name(text):
     return text not in ("", "..") and Path(text).name == text
 
 
+def home(row):
+    """The class folder in which a row's photo lies; its crop may have been moved to another by hand."""
+    return composed(row["source"].split("/")[0])
+
+
 def is_ours(row):
     """Whether this script made a row's crop, and may remove it: a manifest may come from anywhere."""
-    label, crop = row["class"], row["crop"]
-    return is_name(label) and is_name(crop) and crop == crop_name(label, row["sha1"])
+    return is_name(row["class"]) and is_name(row["crop"]) and row["crop"] == crop_name(home(row), row["sha1"])
+
+
+def find_crops(crops):
+    """For the name of each crop the class folders in which it lies."""
+    places = defaultdict(set)
+    for path in crops.glob("*/*.jpg"):
+        places[path.name].add(path.parent.name)
+    return places
+
+
+def place_of(row, places):
+    """The class folder of a row's crop, its photo's or one to which a hand moved it; "" without a crop."""
+    folders = places.get(row["crop"], ())
+    return home(row) if home(row) in folders else min(folders, default="")
 
 
 def needs_heif(row, photos):
@@ -1068,25 +1088,29 @@ def worth_a_try(row, photos):
     return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
 
 
-def still_true(row, photos, crops):
-    """Whether a row of an earlier run still holds: the photo is the same, and its crop is there."""
+def stamp(photos, source):
+    """Size and time of a photo, as texts that are empty if it cannot be asked."""
     try:
-        about = (photos / row["source"]).stat()
-        stamp = str(about.st_size), str(about.st_mtime_ns)
+        about = (photos / source).stat()
     except OSError:
-        stamp = "", ""
-    if stamp != (row["bytes"], row["mtime_ns"]):
-        return False
-    if not row["crop"] or row["status"] == "conflict":
-        return True
-    return is_ours(row) and (crops / row["class"] / row["crop"]).is_file()
+        return "", ""
+    return str(about.st_size), str(about.st_mtime_ns)
 
 
-def known_rows(before, sources, photos, crops):
-    """What of the manifest's rows `before` and of the journals still holds: dict of source to row."""
-    before = [row for row in before if not worth_a_try(row, photos)]
-    rows = {row["source"]: row for row in (*before, *read_journals(crops))
-            if sources.get(row["source"]) == row["class"] and still_true(row, photos, crops)}
+def known_rows(before, sources, photos, crops, places):
+    """What of the manifest's rows `before` and of the journals still holds: dict of source to row.
+
+    The photo must be the same, and its crop be there, perhaps moved to another class by hand.
+    """
+    rows = {}
+    for row in (*(row for row in before if not worth_a_try(row, photos)), *read_journals(crops)):
+        if row["source"] not in sources or stamp(photos, row["source"]) != (row["bytes"], row["mtime_ns"]):
+            continue
+        if row["crop"] and row["status"] != "conflict":
+            if not is_ours(row) or not place_of(row, places):
+                continue
+            row["class"] = place_of(row, places)
+        rows[row["source"]] = row
     classes = defaultdict(set)
     for row in rows.values():
         classes[row["sha1"]].add(row["class"])
@@ -1123,7 +1147,23 @@ def part_of_job():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def preprocess(photos, crops, workers):
+def check_folder(before, photos, crops, places):
+    """Refuse photos of another folder than those of which the crops were made: the crops would be removed.
+
+    Raises
+    ------
+    ValueError
+        More than half of the crops are of photos that are not there, or are others by that name.
+    """
+    made = [row for row in before if row["status"] == "ok" and is_ours(row) and place_of(row, places)]
+    gone = [row for row in made if stamp(photos, row["source"])[0] != row["bytes"]]
+    if 2 * len(gone) > len(made):
+        raise ValueError(f"{crops}: of {len(made)} crops there, {len(gone)} are not of photos in {photos}, "
+                         f"such as that of {gone[0]['source']}, and would be removed; name another folder "
+                         "for the crops, or add --replace")
+
+
+def preprocess(photos, crops, workers, replace=False):
     """Bring `crops` up to date with `photos`; what earlier runs did, finished or not, is kept.
 
     Parameters
@@ -1131,12 +1171,20 @@ def preprocess(photos, crops, workers):
     photos, crops : Path
     workers : int
         Number of processes.
+    replace : bool
+        Remove what was made of other photos, however much it is.
 
     Returns
     -------
-    (rows, new, known) : list of dict or None, int, int
-        The manifest; how many photos this process looked at; how many it knew. With RANK and WORLD_SIZE in
-        the environment it does its part only, leaves a journal and returns None for the manifest.
+    (rows, new, notes) : list of dict or None, int, list of str
+        The manifest; how many photos this process looked at; what happened to crops made before. With RANK
+        and WORLD_SIZE in the environment it does its part only, leaves a journal and returns None for the
+        manifest.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        There are no photos; the manifest is damaged; most crops were made of other photos.
     """
     sources = dict(list_photos(photos))
     if not sources:
@@ -1149,34 +1197,55 @@ def preprocess(photos, crops, workers):
         for path in (crops / (".lock" if world == 1 else f".lock{rank}"), *parts):
             locks.enter_context(locked(path))
         before = read_csv(crops / MANIFEST, NEEDED)
-        rows = known_rows(before, sources, photos, crops)
+        places = find_crops(crops)
+        if not replace:
+            check_folder(before, photos, crops, places)
+        rows = known_rows(before, sources, photos, crops, places)
         share = list(sources.items())[rank::world]
         tasks = [(photos, source, label) for source, label in share if source not in rows]
         with writing(journal), open(journal, "a", encoding="utf-8") as log:
             log.write("\n")  # ends what a kill cut short
             with tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
-                for some in run_parallel(tasks, crops, workers):
+                for some in run_parallel(tasks, crops, workers, places):
                     rows |= {row["source"]: row for row in some}
                     log.write("".join(json.dumps(row) + "\n" for row in some))
                     log.flush()
                     bar.update(len(some))
         if world > 1:
-            return None, len(tasks), len(share) - len(tasks)
+            return None, len(tasks), []
         final = settle(rows.values())
-        finish(crops, before, final)
-        return final, len(tasks), len(final) - len(tasks)
+        return final, len(tasks), finish(crops, before, final, places)
 
 
-def finish(crops, before, final):
-    """Write the manifest, and remove what only the run needed: stale crops, journals, temporary files."""
-    keep = {(row["class"], row["crop"]) for row in final if row["status"] == "ok"}
-    for row in (*before, *final):
-        if is_ours(row) and (row["class"], row["crop"]) not in keep:
-            (crops / row["class"] / row["crop"]).unlink(missing_ok=True)
+def finish(crops, before, final, places):
+    """Write the manifest, and remove stale crops, journals and temporary files.
+
+    Returns
+    -------
+    list of str
+        What a user should know of crops that are gone, back again or elsewhere.
+    """
+    ok = [row for row in final if row["status"] == "ok"]
+    keep = {(row["class"], row["crop"]) for row in ok}
+    stale = {(row["class"], row["crop"]) for row in (*before, *final) if is_ours(row)} - keep
+    removed = [name for label, name in stale if label in places.get(name, ())]
+    for label, name in stale:
+        (crops / label / name).unlink(missing_ok=True)
+    had = {row["crop"] for row in before if row["status"] == "ok" and is_ours(row)}
+    back = [row["source"] for row in ok if row["crop"] in had and not places.get(row["crop"])]
+    moved = [row["source"] for row in ok if row["class"] != home(row)]
+    notes = [text.format(n=len(some), one=sorted(some)[0]) for text, some in (
+        ("{n} crops removed, such as {one}: their photos are gone, have changed, or lie in two classes",
+         removed),
+        ("{n} crops that somebody had removed are there again, such as that of {one}; "
+         "to leave one out, remove its photo", back),
+        ("{n} crops lie in another class than their photos, such as that of {one}, and count there", moved),
+    ) if some]
     write_csv(crops / MANIFEST, COLUMNS, final)
     for path in crops.glob(f"{JOURNAL}*"):
         path.unlink(missing_ok=True)
     sweep(crops, *(path for path in crops.iterdir() if path.is_dir()))
+    return notes
 
 
 # --- the contact sheet
@@ -1305,6 +1374,8 @@ def build_parser():
     parser.add_argument("--workers", type=int, metavar="N",
                         default=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
                         help="processes (default: one a core, here %(default)s)")
+    parser.add_argument("--replace", action="store_true",
+                        help="remove the crops of an earlier folder of photos, where most are")
     return parser
 
 
@@ -1326,15 +1397,15 @@ def main(argv=None):
                             f"of photos is {sets[0]}"))
         start = time.perf_counter()
         workers = min(max(1, args.workers), 61)  # Windows waits for no more
-        rows, new, known = preprocess(photos, crops, workers)
-        done = f"{new} photos looked at in {time.perf_counter() - start:.1f} s, {known} known from before"
+        rows, new, notes = preprocess(photos, crops, workers, args.replace)
+        done = f"{new} photos looked at in {time.perf_counter() - start:.1f} s"
         if rows is None:
             rank, world = part_of_job()
             print(f"part {rank + 1} of {world}: {done}; once all parts are done, the same command "
                   "without RANK and WORLD_SIZE gathers them")
             return
         report(photos, rows)
-        print(done)
+        print(*map(printable, notes), f"{done}, {len(rows) - new} known from before", sep="\n")
         if not any(row["status"] == "ok" for row in rows):
             raise ValueError(f"{photos}: not one photo gave a mouth; {crops / MANIFEST} says why")
         sheet = io.BytesIO()

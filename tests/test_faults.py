@@ -605,6 +605,10 @@ def recorded(tmp_path_factory, orl):
     return root
 
 
+def copies(recorded, folder):
+    return [shutil.copytree(recorded / name, folder / name) for name in ("crops", "data")]
+
+
 def spreadsheet(
     path, encoding="utf-8-sig", delimiter=",", end="\r\n", errors="strict", quoting=csv.QUOTE_MINIMAL
 ):

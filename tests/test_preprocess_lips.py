@@ -550,6 +550,78 @@ def test_class_names_with_accents_apart_and_together_are_one_class(photos, tmp_p
     )  # made anew under the other name, and still one crop a photo
 
 
+@pytest.fixture
+def few(photos):
+    """The folder of photos with three of each class."""
+    for folder in photos.iterdir():
+        for path in sorted(folder.iterdir())[3:]:
+            path.unlink()
+    return photos
+
+
+def test_crops_of_other_photos_are_not_removed_unless_that_is_asked_for(few, tmp_path, orl, capsys):
+    crops, args = tmp_path / "crops", ["--workers", "1"]
+    main([str(few), str(crops), *args])
+    before = {path: path.read_bytes() for path in crops.rglob("*") if path.is_file()}
+    others = tmp_path / "others" / "0none"
+    others.mkdir(parents=True)
+    for i in range(3):  # of the same names
+        Image.fromarray(orl[f"s{i + 20}_1"]).save(others / f"s01_{i + 1}.png")
+    with pytest.raises(
+        SystemExit, match="^error: [^\n]*: of 6 crops there, 6 are not of photos in [^\n]* --replace$"
+    ):
+        main([str(others.parent), str(crops), *args])
+    assert {path: path.read_bytes() for path in crops.rglob("*") if path.is_file()} == before
+    for path in few.glob("*/*"):
+        os.utime(path, (1, 1))  # copied to another disk: the same photos
+    main([str(few), str(crops), *args])
+    assert {path: path.read_bytes() for path in crops.glob("*/*")} == {
+        path: before[path] for path in crops.glob("*/*")
+    }
+    (few / "0none" / "s01_1.png").unlink()
+    capsys.readouterr()
+    main([str(few), str(crops), *args])
+    assert "1 crops removed, such as 0none_" in capsys.readouterr().out
+    main([str(others.parent), str(crops), *args, "--replace"])
+    assert "5 crops removed" in capsys.readouterr().out and len(list(crops.glob("*/*.jpg"))) == 3
+
+
+def test_a_crop_moved_by_hand_stays_there_and_is_not_doubled(few, tmp_path, capsys):
+    crops, args = tmp_path / "crops", ["--workers", "1"]
+    main([str(few), str(crops), *args])
+    row = rows_of(crops)["0none/s01_2.png"]
+    (crops / "4other").mkdir()
+    moved = {"2smile": "0none/s01_2.png", "4other": "2smile/s03_1.png"}
+    for label, source in moved.items():
+        row = rows_of(crops)[source]
+        (crops / row["class"] / row["crop"]).rename(crops / label / row["crop"])
+    for again in range(3):
+        if again == 2:
+            (crops / "manifest.csv").unlink()  # all photos are looked at again
+        capsys.readouterr()
+        main([str(few), str(crops), *args])
+        out = capsys.readouterr().out
+        assert f"{6 if again == 2 else 0} photos looked at" in out
+        assert "2 crops lie in another class than their photos, such as that of 0none/s01_2.png" in out
+        assert len(list(crops.glob("*/*.jpg"))) == 6
+        assert {label: rows_of(crops)[source]["class"] for label, source in moved.items()} == {
+            x: x for x in moved
+        }
+    (few / "0none" / "s01_2.png").unlink()
+    main([str(few), str(crops), *args])
+    assert len(list(crops.glob("*/*.jpg"))) == 5 and len(list((crops / "2smile").iterdir())) == 2
+
+
+def test_a_crop_removed_by_hand_is_back_with_a_word_on_how_to_leave_it_out(few, tmp_path, capsys):
+    crops, args = tmp_path / "crops", ["--workers", "1"]
+    main([str(few), str(crops), *args])
+    (crops / "0none" / rows_of(crops)["0none/s01_1.png"]["crop"]).unlink()
+    main([str(few), str(crops), *args])
+    said = "1 crops that somebody had removed are there again, such as that of 0none/s01_1.png; to leave"
+    assert said in capsys.readouterr().out
+    assert len(list(crops.glob("*/*.jpg"))) == 6
+
+
 def test_without_the_libraries_of_a_desktop_the_message_says_what_to_install(tmp_path):
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import preprocess_lips"
