@@ -178,7 +178,7 @@ def find_copies(crops, looks):
         bits = np.frombuffer(b"".join(one.ljust(32) for one in hashes), np.uint64).reshape(-1, 4)
         one_photo = np.bitwise_count(bits[first] ^ bits[second]).sum(1) <= SAME_PHOTO
         one_photo &= known[first] & known[second]
-        likely = np.flatnonzero(one_photo | (correlation >= 0.9))
+        likely = np.flatnonzero(one_photo | (correlation >= 0.92))
 
         def agree(i):
             a, b = files[first[i]], files[second[i]]
