@@ -82,7 +82,7 @@ PATIENCE = 15  # frames for which a face that is out of sight keeps its number
 MOST_REPEATS = 100  # copies of a frame in an annotated video: time stamps may be hours apart by mistake
 LEAD = 0.1  # by which a label must beat the one printed before to be a change
 
-SURE = 0.9  # least probability with which --sort trusts a label; tests/bench/README.md says what it gives
+SURE = 0.95  # least probability with which --sort trusts a label; tests/bench/README.md says what it gives
 SORTED = ".sorted"  # in the folder of --sort: a line of JSON for each photo that has been sorted
 HEAD = re.compile(r"^[01]\.\d{3}(-\d+)?_")  # of a sorted photo's name: its probability
 
