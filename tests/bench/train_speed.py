@@ -1,6 +1,7 @@
 """Seconds an epoch: the textbook's loop, train.py, and the network alone on ready batches, in one run.
 
     python tests/bench/train_speed.py              13,577 + 1,509 crops of 128 x 128, about 4 minutes
+    python tests/bench/train_speed.py --amp        the same, and train.py once more with its --amp
     python tests/bench/train_speed.py --growth     how train.py's time and memory grow with the images
     python tests/bench/train_speed.py --logging    what TensorBoard's curves and pictures cost of a whole run
 
@@ -47,7 +48,7 @@ def textbook(data, epochs):
     return {"epoch": min(np.diff(times))}
 
 
-def ours(data, epochs, mapped=False):
+def ours(data, epochs, mapped=False, amp=False):
     import torch
 
     import train
@@ -57,7 +58,7 @@ def ours(data, epochs, mapped=False):
         train.free_memory = lambda: 0
     with tempfile.TemporaryDirectory() as folder:
         where = f"--data {data} --device cpu --logs {folder}/logs --models {folder}/models"
-        args = train.parse_args(where.split())
+        args = train.parse_args(where.split() + ["--amp"] * amp)
         decode, load = [], train.load_data
 
         def load_data(*args):
@@ -85,6 +86,14 @@ def ours(data, epochs, mapped=False):
         "imported": imported,
         "torch": torch.__version__,
     }
+
+
+def mapped(data, epochs):
+    return ours(data, epochs, mapped=True)
+
+
+def amp(data, epochs):
+    return ours(data, epochs, amp=True)
 
 
 def logging(data, epochs):
@@ -161,6 +170,7 @@ def main():
     )
     parser.add_argument("--images", type=int, default=15086, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--amp", action="store_true", help="time train.py with and without its --amp")
     parser.add_argument(
         "--growth", action="store_true", help="1x, 4x and 16x of 2,000 images, in memory and mapped"
     )
@@ -168,17 +178,13 @@ def main():
         "--logging", action="store_true", help="the default recipe's 300 epochs on 400 and on 800 images"
     )
     parser.add_argument(
-        "--part", choices=["textbook", "ours", "mapped", "network", "logging"], help=argparse.SUPPRESS
+        "--part", choices=["textbook", "ours", "amp", "mapped", "network", "logging"], help=argparse.SUPPRESS
     )
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        result = (
-            ours(args.data, args.epochs, True)
-            if args.part == "mapped"
-            else globals()[args.part](args.data, args.epochs)
-        )
+        result = globals()[args.part](args.data, args.epochs)
         print("\n" + json.dumps({k: v if isinstance(v, str) else float(v) for k, v in result.items()}))
         return
     print(f"{os.cpu_count()} cores")
@@ -212,26 +218,22 @@ def main():
             return
         data = Path(folder)
         make_crops(data, args.images)
-        rounds = [
-            {
-                part: measure(part, data, epochs)
-                for part, epochs in (("textbook", 2), ("ours", 4), ("network", 3))
-            }
-            for _ in range(args.rounds)
-        ]
-        for r in rounds:
-            r["ratio"] = {
-                "textbook": r["textbook"]["epoch"] / r["ours"]["epoch"],
-                "network": r["ours"]["epoch"] / r["network"]["epoch"],
-            }
+        epochs = {"textbook": 2, "ours": 4, **({"amp": 4} if args.amp else {}), "network": 3}
+        rounds = [{part: measure(part, data, n) for part, n in epochs.items()} for _ in range(args.rounds)]
 
-        def median(*keys):
-            return statistics.median(r[keys[0]][keys[1]] for r in rounds)
+        def median(part, key):
+            return statistics.median(r[part][key] for r in rounds)
 
-        for part in ("textbook", "ours", "network"):
+        def ratio(part, other):
+            return statistics.median(r[part]["epoch"] / r[other]["epoch"] for r in rounds)
+
+        for part in epochs:
             print(f"{part:9} {median(part, 'epoch'):6.2f} s an epoch")
-        print(f"train.py is {median('ratio', 'textbook'):.2f} times as fast as the textbook's loop and takes "
-              f"{median('ratio', 'network'):.2f} times what the network alone takes")
+        print(f"train.py is {ratio('textbook', 'ours'):.2f} times as fast as the textbook's loop and takes "
+              f"{ratio('ours', 'network'):.2f} times what the network alone takes")
+        if args.amp:
+            print(f"with --amp it takes {ratio('amp', 'ours'):.2f} times what it takes without; "
+                  f"peak memory {median('amp', 'peak'):.0f} MB")
         print(
             f"decoding {args.images:,} crops {median('ours', 'decode'):.1f} s; "
             f"peak memory {median('ours', 'peak'):.0f} MB, "
