@@ -350,7 +350,8 @@ def test_the_learning_rate_steps_as_steplr_does_from_the_first_epoch(run, tmp_pa
     run("--epochs", 5, "--step-size", 2)  # of two batches
     (log,) = (tmp_path / "logs").iterdir()
     assert [round(e.value, 6) for e in scalars(log).Scalars("learning rate")] == [0.1, 0.1, 0.01, 0.01, 0.001]
-    assert [round(lr, 6) for lr in used] == [0.1] * 4 + [0.01] * 4 + [0.001] * 2
+    run_only = used[: 5 * 2]  # not the images that are left out in turns at its end
+    assert [round(lr, 6) for lr in run_only] == [0.1] * 4 + [0.01] * 4 + [0.001] * 2
 
 
 def test_model_pt_is_the_best_epoch_and_the_last_is_recorded(run, tmp_path, mouths):
