@@ -146,15 +146,14 @@ class CropFolder(ImageFolder):
 
     def find_classes(self, directory):
         names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
-        classes = [name for name in names if walk(os.path.join(directory, name))]
-        if not classes:
+        self.paths = {name: paths for name in names if (paths := walk(os.path.join(directory, name)))}
+        if not self.paths:
             raise FileNotFoundError(
                 f"{directory}: no images in class folders; 'python split_train_val.py' makes them")
-        return classes, {name: i for i, name in enumerate(classes)}
+        return list(self.paths), {name: i for i, name in enumerate(self.paths)}
 
-    @staticmethod
-    def make_dataset(directory, class_to_idx, *_, **__):
-        return [(path, i) for name, i in class_to_idx.items() for path in walk(os.path.join(directory, name))]
+    def make_dataset(self, directory, class_to_idx, *_, **__):
+        return [(path, i) for name, i in class_to_idx.items() for path in self.paths[name]]
 
 
 def free_memory():
@@ -728,8 +727,8 @@ class Curves:
         # in titles, for which a browser has the letters that the pictures lack
         renamed = [(drawn, name) for drawn, name in zip(drawable(run.classes), self.names) if drawn != name]
         self.legend = "".join(f", {drawn} is {name}" for drawn, name in renamed)
-        purge = run.epoch + 1 if run.epoch else None  # a short queue would make training wait
-        self.writer = SummaryWriter(run.log_dir, purge_step=purge, max_queue=1000)
+        purge = run.epoch + 1 if run.epoch else None
+        self.writer = SummaryWriter(run.log_dir, purge_step=purge, max_queue=1000)  # a short queue waits
         # add_hparams would put the settings into a run of their own; without the first of the three
         # summaries, which lists columns, TensorBoard shows the settings in which runs differ
         settings = {key: str(value) if isinstance(value, bool | list | None) else value

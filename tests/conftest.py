@@ -135,6 +135,12 @@ def inside(tmp_path, monkeypatch, capsys):
     return run
 
 
+def train_flags(data, place=None, *more):
+    """Flags for train.py on a small set; with a `place`, models and logs are written there."""
+    places = [] if place is None else ["--models", place / "models", "--logs", place / "logs"]
+    return [*map(str, ["--data", data, "--device", "cpu", "--batch-size", 16, *places, *more])]
+
+
 def shared(name):
     """Skips the test where ../shared/data/<name> is not there."""
     return pytest.mark.skipif(not (SHARED / name).is_dir(), reason=f"needs ../shared/data/{name}")

@@ -28,7 +28,7 @@ import cv2
 import hostile
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, train_flags
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -1076,21 +1076,7 @@ def test_training_killed_anywhere_resumes_to_the_same_weights(mouths, tmp_path, 
             sys.executable,
             "-c",
             f"import sys; sys.path.insert(0, {str(ROOT)!r}); {TRAIN}",
-            "--data",
-            str(mouths / "data"),
-            "--device",
-            "cpu",
-            "--batch-size",
-            "16",
-            "--epochs",
-            "6",
-            "--lr",
-            "0.03",
-            "--models",
-            str(models),
-            "--logs",
-            str(tmp_path / "logs"),
-            *more,
+            *train_flags(mouths / "data", tmp_path, "--epochs", 6, "--lr", 0.03, "--models", models, *more),
         ]
 
     def weights(models):
@@ -1137,20 +1123,7 @@ def test_a_kill_between_checkpoint_and_model_leaves_no_old_model_behind(mouths, 
     def stop(*args, **more):
         raise KeyboardInterrupt
 
-    args = [
-        "--data",
-        str(mouths / "data"),
-        "--device",
-        "cpu",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "2",
-        "--logs",
-        str(tmp_path / "logs"),
-        "--models",
-        str(tmp_path / "models"),
-    ]
+    args = train_flags(mouths / "data", tmp_path, "--epochs", 2)
     monkeypatch.setattr(train, "SAVE_SECONDS", float("inf"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train, "save_model", stop)
@@ -1429,18 +1402,7 @@ def test_training_on_a_full_or_read_only_disk_keeps_the_old_model(mouths, disk, 
     import train
 
     folder = disk(30_000)
-    args = [
-        "--data",
-        str(mouths / "data"),
-        "--device",
-        "cpu",
-        "--batch-size",
-        "16",
-        "--models",
-        str(folder / "models"),
-        "--logs",
-        str(folder / "logs"),
-    ]
+    args = train_flags(mouths / "data", folder)
     train.main([*args, "--epochs", "1"])
     before = files_in(folder / "models")
     fill(folder, 2000)
@@ -1471,22 +1433,7 @@ def test_training_is_saved_although_the_disk_of_the_curves_is_full(mouths, disk,
     logs = disk(350) / "logs"  # room for the beginning
     monkeypatch.setattr(train, "SAVE_SECONDS", float("inf"))
     with pytest.raises(SystemExit, match=r"logs: cannot be written \(No space left on device\)"):
-        train.main(
-            [
-                "--data",
-                str(mouths / "data"),
-                "--device",
-                "cpu",
-                "--batch-size",
-                "16",
-                "--models",
-                str(tmp_path / "models"),
-                "--logs",
-                str(logs),
-                "--epochs",
-                "10",
-            ]
-        )
+        train.main(train_flags(mouths / "data", tmp_path, "--logs", logs, "--epochs", 10))
     assert (
         torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["epoch"] >= 1
         and (tmp_path / "models" / "model.pt").exists()

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import train_flags
 from google.protobuf import text_format
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,8 +24,7 @@ from train import draw_mistakes, main
 
 def fit(data, folder, *args):
     """Trains in a folder; returns the folder of its curves, which must be the only one."""
-    main(["--data", str(data), "--device", "cpu", "--batch-size", "16", "--logs", str(folder / "logs"),
-          "--models", str(folder / "models"), *map(str, args)])
+    main(train_flags(data, folder, *args))
     (log,) = (folder / "logs").iterdir()
     return log
 

@@ -11,7 +11,7 @@ import hostile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train_flags
 from PIL import Image, PngImagePlugin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision import transforms
@@ -297,7 +297,7 @@ def run(mouths, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        main(["--data", str(mouths / "data"), "--device", "cpu", "--batch-size", "16", *map(str, args)])
+        main(train_flags(mouths / "data", None, *args))
         folder = args[args.index("--models") + 1] if "--models" in args else "models"
         return json.loads((tmp_path / folder / "model.json").read_text("utf-8"))
 
@@ -428,28 +428,8 @@ def test_classes_that_mirror_each_other_are_learnt_without_flips(tmp_path, flags
                 levels = np.full((64, 64), 130, np.uint8)
                 levels[:, :32], levels[:, 32:] = left - i, 260 - left + i
                 Image.fromarray(levels).save(tmp_path / "data" / part / label / f"{i}.png")
-    main(
-        [
-            "--data",
-            str(tmp_path / "data"),
-            "--models",
-            str(tmp_path),
-            "--logs",
-            str(tmp_path / "logs"),
-            *flags,
-            "--device",
-            "cpu",
-            "--batch-size",
-            "16",
-            "--epochs",
-            "8",
-            "--lr",
-            "0.02",
-            "--crop",
-            "0.6",
-            "1",
-        ]
-    )
+    more = "--epochs 8 --lr 0.02 --crop 0.6 1".split()
+    main(train_flags(tmp_path / "data", tmp_path, "--models", tmp_path, *flags, *more))
     last = json.loads((tmp_path / "model.json").read_text("utf-8"))["last"]["val_acc"]
     assert (last > 0.95) == learnt and (learnt or last < 0.75)
 
@@ -662,13 +642,7 @@ def torchrun(mouths, cwd, *args):
             "--nproc_per_node=2",
             "--standalone",
             str(ROOT / "train.py"),
-            "--data",
-            str(mouths / "data"),
-            "--device",
-            "cpu",
-            "--batch-size",
-            "16",
-            *args,
+            *train_flags(mouths / "data", None, *args),
         ],
         cwd=cwd,
         stdout=subprocess.PIPE,
