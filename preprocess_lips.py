@@ -80,8 +80,7 @@ MAX_SECONDS = 60  # for a photo in a worker process
 MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts with
 MAX_FRAMES = 100  # of an animation that begins with frames of one colour
 
-COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector",
-           "sha1", "bytes", "mtime_ns", "look")
+COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns")
 NEEDED = ("source", "class", "status", "crop", "sha1", "bytes", "mtime_ns")
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
@@ -283,7 +282,6 @@ class Found(NamedTuple):
     faces: list  # of Face, in pixels of the whole photo
     refused: int  # boxes that a cascade found and a check refused
     size: tuple  # width and height of the photo
-    photo: np.ndarray  # uint8, H x W x 3, as it was searched: a large JPEG at a fraction of its size
 
 
 NEVER = float("inf")
@@ -425,9 +423,9 @@ class LipCropper:
         source = source if isinstance(source, bytes) else read_file(source)
         photo, size = _decode(source, DECODE_SIDE)
         if unusable(size):
-            return Found([], 0, size, photo)
+            return Found([], 0, size)
         whole = functools.cache(lambda: read_photo(source) if photo.shape[1] < size[0] else photo)
-        return Found(*self.look(photo, largest, size, whole), size, photo)
+        return Found(*self.look(photo, largest, size, whole), size)
 
     def follow(self, photo, landmarks):
         """Find a face in the next frame of a video, from where it was, in a fraction of a search's time.
@@ -724,22 +722,6 @@ def sets_of_classes(photos):
     return (list(names), common) if len(names) > 1 and len(common) > 1 else ([], set())
 
 
-def perceptual_hash(image, side=16):
-    """Which neighbours in a grey miniature of an image grow brighter to the right: the difference hash.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-
-    Returns
-    -------
-    str
-        256 bits as 64 hexadecimal digits.
-    """
-    grey = np.asarray(image.convert("L").resize((side + 1, side), Image.Resampling.BOX))
-    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
-
-
 def crop_name(label, sha1):
     while len(os.fsencode(label)) > 230:  # file names end at 255 bytes
         label = label[:-1]
@@ -770,7 +752,7 @@ def process_photo(cropper, photos, source, label):
     if data is None:
         return row, None
     try:
-        faces, refused, size, photo = cropper.find(data, largest=True)
+        faces, refused, size = cropper.find(data, largest=True)
     except (OSError, MemoryError, cv2.error):
         return row, None
     if unusable(size):
@@ -782,8 +764,7 @@ def process_photo(cropper, photos, source, label):
             "detector": face.detector}
     if face.mouth[2] - face.mouth[0] < MIN_MOUTH:
         return row | {"status": "too_small"}, None
-    row |= {"status": "ok", "crop": crop_name(label, row["sha1"]),
-            "look": perceptual_hash(Image.fromarray(photo))}
+    row |= {"status": "ok", "crop": crop_name(label, row["sha1"])}
     _, jpeg = cv2.imencode(".jpg", face.crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
     return row, jpeg.tobytes()
 

@@ -47,10 +47,10 @@ from preprocess_lips import (
 
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
-# tests/bench/README.md says what copies and different photos reach
-SAME_MOUTH = 0.95  # correlation from which two mouths are of one photo
-ALIKE_MOUTH = 0.94  # the same where the photos look alike as well
-SAME_PHOTO = 28  # bits of 256 in which the perceptual hashes of copies of a photo differ at most
+# Correlations of two mouths; tests/bench/README.md says what copies and different photos reach
+ALIKE = 0.88  # at a glance: those of copies, and one pair in 600 of others
+ALIGNABLE = 0.92  # before they are laid over each other with care
+SAME_MOUTH = 0.985  # after that: they are of one photo
 
 
 # --- groups
@@ -87,80 +87,95 @@ def group_of(path, pattern):
 
 
 def miniature(path):
-    """The middle of an image in grey, uint8 array of 48 x 48; None for what is no readable image."""
+    """An image in grey, uint8 array of 64 x 64; None for what is no readable image."""
     try:
         with Image.open(path) as image:
             if image.format in ("EPS", "WMF"):  # programs, which Pillow has Ghostscript or Windows run
                 return None
             image.draft("L", (64, 64))
-            return np.asarray(image.convert("L").resize((48, 48), Image.Resampling.BOX))
+            return np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX))
     except Exception:  # decoders raise almost anything; train.py names the file
         return None
 
 
-def similar_pairs(images, least):
-    """All pairs of images whose middles, shifted by a tenth of the side at most, correlate at least so much.
+def similar_pairs(images):
+    """All pairs of images whose mouths look alike at a glance, shifted and scaled by a tenth at most.
 
     Parameters
     ----------
-    images : uint8 array of shape (N, 48, 48)
-    least : float
-        Of a correlation, -1 to 1.
+    images : uint8 array of shape (N, 64, 64)
 
     Returns
     -------
-    (first, second, correlation) : arrays of shape (M,)
-        Indices, the smaller first, and a bound that the correlation does not exceed.
+    int array of shape (M, 2)
+        Indices, the smaller first.
     """
-    small = np.stack([cv2.resize(image, (20, 20), interpolation=cv2.INTER_AREA) for image in images])
-    windows = sliding_window_view(small.astype(np.float32), (12, 12), (1, 2)).reshape(len(small), 9, 9, 144)
+    small = {side: np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+                             for image in images]) for side in (22, 24, 26)}
 
-    def unit(vectors):
-        vectors = vectors - vectors.mean(-1, keepdims=True)
+    def patches(some, side, reach):
+        """12 rows and 15 columns around the mouth, in all places up to `reach` pixels off."""
+        windows = sliding_window_view(small[side][some].astype(np.float32), (12, 15), (1, 2))
+        top, left = round(0.42 * side) - 6, round(0.5 * side - 7.5)
+        windows = windows[:, top - reach:top + reach + 1, left - reach:left + reach + 1]
+        windows = windows.reshape(len(windows), -1, 12 * 15)
+        return windows - windows.mean(2, keepdims=True)
+
+    def directions(vectors):
         return vectors / (np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-6)
 
-    middle = unit(windows[:, 4, 4])
-    # in the 20 dimensions in which images differ most, distances are no longer than in all 144
-    basis = np.linalg.eigh(middle.T @ middle)[1][:, -20:]
-    middle = middle @ basis
-    lengths = (middle ** 2).sum(1) / 2
+    middle = patches(slice(None), 24, 0)[:, 0]
+    basis = np.linalg.eigh(middle.T @ middle)[1][:, -40:]  # in which they differ most: no fine details
+    middle = directions(middle @ basis)
     found = []
     for start in tqdm(range(0, len(images), 256), "comparing", leave=False, unit="block", disable=None):
-        shifted = unit(windows[start:start + 256, 2:7, 2:7].reshape(-1, 25, 144)) @ basis
-        best = np.full((len(shifted), len(images) - start), -np.inf, np.float32)
+        block = slice(start, start + 256)
+        shifted = directions(np.concatenate([patches(block, side, 2) for side in small], 1) @ basis)
+        best = np.full((len(shifted), len(images) - start), -1, np.float32)
         for one in shifted.swapaxes(0, 1):
-            np.maximum(best, one @ middle[start:].T - (one ** 2).sum(1)[:, None] / 2, out=best)
-        best += 1 - lengths[start:]
-        first, second = np.nonzero(best >= least)
-        ahead = first < second
-        found.append((first[ahead] + start, second[ahead] + start, best[first[ahead], second[ahead]]))
-    return [np.concatenate(column) for column in zip(*found)]
+            np.maximum(best, one @ middle[start:].T, out=best)
+        pairs = np.argwhere(best >= ALIKE)
+        found.append(pairs[pairs[:, 0] < pairs[:, 1]] + start)
+    return np.concatenate(found)
 
 
 def agreement(a, b):
-    """How well two miniatures correlate where they agree best: of all shifts, and of five sizes."""
-    best = -1.0
-    for side in (42, 45, 48, 51, 54):
+    """How well the lips of a miniature correlate with another one, laid over each other as well as can be.
+
+    They are shifted and scaled first, then bent by an affine map (Evangelidis and Psarakis 2008, "Parametric
+    image alignment using enhanced correlation coefficient maximization"). What lies below the lips does not
+    count: it may be cut off in one of the photos.
+    """
+    best, warp = -1.0, None
+    for side in (54, 59, 64, 69, 74):
+        scale = side / 64
         scaled = cv2.resize(a, (side, side), interpolation=cv2.INTER_AREA)
-        edge = (side - 28) // 2
-        part = scaled[edge:edge + 28, edge:edge + 28]
-        best = max(best, float(cv2.matchTemplate(b, part, cv2.TM_CCOEFF_NORMED).max()))
-    return best
+        top, bottom, left, right = (round(edge * scale) for edge in (17, 37, 17, 47))
+        found = cv2.matchTemplate(b, scaled[top:bottom, left:right], cv2.TM_CCOEFF_NORMED)
+        _, correlation, _, (x, y) = cv2.minMaxLoc(found)
+        if correlation > best:
+            best = correlation
+            warp = np.float32([[scale, 0, x - left + 14 * scale], [0, scale, y - top + 14 * scale]])
+    if best < ALIGNABLE:
+        return best
+    stop = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 40, 1e-3)
+    try:
+        lips = np.float32(a[14:40, 14:50])
+        return max(best, cv2.findTransformECC(lips, np.float32(b), warp, cv2.MOTION_AFFINE, stop, None, 3)[0])
+    except cv2.error:  # it does not converge
+        return best
 
 
-def find_copies(crops, looks):
+def find_copies(crops):
     """Pairs of crops that show one moment: copies of a photo, or neighbours in a burst.
 
-    Mouths must agree: alone nearly to the pixel (`SAME_MOUTH`), or less where the whole photos look alike
-    (`SAME_PHOTO`, `ALIKE_MOUTH`). The first crop of a group is compared with the others, so that no chain of
-    small steps leads from one face to another.
+    The first crop of a group is compared with the others, so that no chain of small steps leads from one face
+    to another.
 
     Parameters
     ----------
     crops : dict
         As `list_crops` returns it.
-    looks : dict
-        For a file the `perceptual_hash` of its photo, 64 hexadecimal digits, where it is known.
 
     Returns
     -------
@@ -171,23 +186,18 @@ def find_copies(crops, looks):
         images = {file: image for file, image in images.items() if image is not None and np.ptp(image)}
         if len(images) < 2:
             return []
-        files = list(images)
-        first, second, correlation = similar_pairs(np.stack(list(images.values())), 0.8)
-        hashes = [bytes.fromhex(looks.get(file) or "") for file in files]
-        known = np.array([len(one) == 32 for one in hashes])
-        bits = np.frombuffer(b"".join(one.ljust(32) for one in hashes), np.uint64).reshape(-1, 4)
-        one_photo = np.bitwise_count(bits[first] ^ bits[second]).sum(1) <= SAME_PHOTO
-        one_photo &= known[first] & known[second]
-        likely = np.flatnonzero(one_photo | (correlation >= 0.92))
+        files, looks = list(images), list(images.values())
+        likely = similar_pairs(np.stack(looks)).tolist()
 
-        def agree(i):
-            a, b = files[first[i]], files[second[i]]
-            return agreement(images[a], images[b]) >= (ALIKE_MOUTH if one_photo[i] else SAME_MOUTH)
+        def one_moment(pair):
+            a, b = (looks[i] for i in pair)
+            return agreement(a, b) >= SAME_MOUTH or agreement(b, a) >= SAME_MOUTH
 
         near = defaultdict(list)
-        for i, same in zip(likely, pool.map(agree, likely)):
-            if same:
-                near[files[first[i]]].append(files[second[i]])
+        checks = pool.map(one_moment, likely)
+        for first, second in tqdm(likely, "comparing", leave=False, unit="pair", disable=None):
+            if next(checks):
+                near[files[first]].append(files[second])
     pairs, taken = [], set()
     for file in files:
         if file not in taken:
@@ -227,16 +237,16 @@ def find_groups(crops, files, pattern=None):
     ValueError
         `pattern` finds nothing in any path.
     """
-    photos = {(composed(row["class"]), composed(row["crop"])): row
+    photos = {(composed(row["class"]), composed(row["crop"])): row["source"]
               for row in read_csv(crops / MANIFEST, NEEDED) if row["status"] == "ok"}
-    sources = {file: photos[file]["source"] if file in photos else "/".join(file) for file in files}
+    sources = {file: photos.get(file, "/".join(file)) for file in files}
     names, alone = dict(sources), []
     if pattern:
         alone = [path for path in sources.values() if not pattern.search(path)]
         if len(alone) == len(files):
             raise ValueError(f"--group {pattern.pattern}: found in no photo's path; they are like {alone[0]}")
         names = {file: group_of(path, pattern) for file, path in sources.items()}
-    pairs = find_copies(files, {file: row["look"] for file, row in photos.items()})
+    pairs = find_copies(files)
     if not pattern:
         names |= {other: names[first] for first, other in pairs}
     return Groups(names, pairs, alone, sources)

@@ -1,4 +1,3 @@
-import itertools
 import os
 import re
 from collections import Counter
@@ -200,7 +199,7 @@ def test_photos_saved_anew_stay_on_one_side_though_their_crops_differ(tmp_path, 
         face.save(folder / f"{name}_copy.jpg", quality=60)
         face.resize((130, 158)).save(folder / f"{name}_small.jpg", quality=80)
         face.point([min(255, level * 13 // 10) for level in range(256)]).save(folder / f"{name}_bright.jpg")
-        face.crop((6, 4, 180, 222)).save(folder / f"{name}_cut.jpg")
+        face.crop((14, 10, 172, 212)).save(folder / f"{name}_cut.jpg")
     crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
     split(tmp_path)
     sides = sides_of(tmp_path, lambda source: source[2:8].strip("_."))
@@ -234,11 +233,10 @@ def test_different_people_before_one_wall_are_no_copies(tmp_path, orl, cropper, 
         folder.mkdir(parents=True, exist_ok=True)
         before_a_wall(orl[f"s{i + 1:02d}_1"], background).save(folder / f"{i}.png")
     rows = crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
-    looks = [int(row["look"], 16) for row in rows if row["status"] == "ok"]
-    assert len(looks) >= 36 and min((a ^ b).bit_count() for a, b in itertools.combinations(looks, 2)) < 28
     made = split(tmp_path)
     assert "near-duplicates" not in capsys.readouterr().out
     counts = Counter(row["class"] for row in rows if row["status"] == "ok")
+    assert counts.total() >= 36
     assert sum(name.startswith("val/") for name in made) == sum(map(val_count, counts.values()))
 
 
@@ -291,11 +289,12 @@ def test_copies_of_photos_of_other_people_are_found_and_others_are_not_joined(tm
         lambda image: image.resize((image.width // 2, image.height // 2)),
         lambda image: image.point([level * 2 // 3 for level in range(256)] * 3),
         lambda image: image.crop((6, 6, image.width - 4, image.height - 6)),
+        lambda image: image.crop((30, 25, image.width - 20, image.height - 25)),
     )
     for i, path in enumerate(files):
         image = Image.open(path).convert("RGB")
         image.save(folder / f"{i:02d}_a.jpg", quality=95)
-        copies[i % 4](image).save(folder / f"{i:02d}_b.jpg", quality=50)
+        copies[i % 5](image).save(folder / f"{i:02d}_b.jpg", quality=50)
     crop_photos(cropper, tmp_path / "photos", tmp_path / "crops")
     split(tmp_path)
     sides = sides_of(tmp_path, lambda source: source[2:4])
