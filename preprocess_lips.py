@@ -71,6 +71,7 @@ MIN_FACE = 40  # pixels; that size, or 1 % of a larger photo's longer side, is t
 MAX_SIDE_RATIO = 10
 DECODE_SIDE = 512  # pixels that the shorter side keeps where a JPEG is decoded at a fraction of its size
 SEARCH_SIDE = 640  # pixels of the longer side in which all but small faces are searched
+SMALL_SIDE = 1500  # pixels that the shorter side keeps where these are
 FACE_SIDE = 120  # landmarks are looked for at this size of the face, whatever the photo's
 
 # What a file from a stranger may cost. Photos that want more are unreadable.
@@ -360,15 +361,17 @@ class LipCropper:
         """
         return self.look(photo, largest)[0]
 
-    def look(self, photo, largest=False, size=None, whole=None):
+    def look(self, photo, largest=False, size=None, finer=None, whole=None):
         """As a call, but returns ``(faces, refused)``: also how many boxes of a cascade a check refused.
 
         `photo` may be a small copy of a photo of `size`, (width, height), in whose pixels faces are given.
-        ``whole()`` returns that one; it is called where small faces are searched or cut out.
+        ``finer()`` returns a larger one, in which small faces are searched, and ``whole()`` the photo itself,
+        from which they are cut out.
         """
         size, whole = size or photo.shape[1::-1], whole or (lambda: photo)
         share = photo.shape[1] / size[0]
-        coarse, fine = _grey(photo, SEARCH_SIDE), functools.cache(lambda: _grey(whole()))
+        coarse = _grey(photo, SEARCH_SIDE)
+        fine = functools.cache(lambda: _grey((finer or whole)()))
         faces, refused = [], 0
         for search in SEARCHES:
             if faces and search.fallback:
@@ -425,7 +428,8 @@ class LipCropper:
         if unusable(size):
             return Found([], 0, size)
         whole = functools.cache(lambda: read_photo(source) if photo.shape[1] < size[0] else photo)
-        return Found(*self.look(photo, largest, size, whole), size)
+        finer = (lambda: _decode(source, SMALL_SIDE)[0]) if min(size) >= 2 * SMALL_SIDE else whole
+        return Found(*self.look(photo, largest, size, finer, whole), size)
 
     def follow(self, photo, landmarks):
         """Find a face in the next frame of a video, from where it was, in a fraction of a search's time.
