@@ -61,6 +61,7 @@ from preprocess_lips import (
     LipCropper,
     command_line,
     cores,
+    is_hidden,
     label_font,
     locked,
     printable,
@@ -1096,8 +1097,7 @@ def list_inputs(inputs, videos=False, skip=None):
         files = []
         for file in sorted(path.rglob("*")):
             relative = file.relative_to(path)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if file.suffix.lower() in suffixes and not hidden and file.is_file():
+            if file.suffix.lower() in suffixes and not any(map(is_hidden, relative.parts)) and file.is_file():
                 if not left_out or left_out not in file.resolve().parents:
                     files.append((file, relative))
         if not files:

@@ -93,15 +93,24 @@ SAVE_SECONDS = 20  # a kill costs at most this much training
 # --- data: every crop is decoded once, into one tensor
 
 
+# folders that disk stations and systems put between the images: thumbnails, bins, resource forks
+OTHERS = ("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found")
+
+
+def is_hidden(name):
+    """Whether a file or folder is hidden or another program's own."""
+    return name.startswith((".", "~$")) or name.lower() in OTHERS
+
+
 def walk(folder):
     """Image files below a folder, sorted; links are followed, hidden names and circles of links are not."""
     suffixes, seen, found = Image.registered_extensions(), set(), []
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        folders[:] = [name for name in folders if not is_hidden(name) and real not in seen]
         if real not in seen:
             found += [os.path.join(place, name) for name in files
-                      if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes]
+                      if not is_hidden(name) and os.path.splitext(name)[1].lower() in suffixes]
         seen.add(real)
     return sorted(found)
 
@@ -145,7 +154,7 @@ class CropFolder(ImageFolder):
         super().__init__(root, loader=load_crop)
 
     def find_classes(self, directory):
-        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not is_hidden(e.name))
         self.paths = {name: paths for name in names if (paths := walk(os.path.join(directory, name)))}
         if not self.paths:
             raise FileNotFoundError(

@@ -355,6 +355,9 @@ def test_errors_name_the_way_out(inside, model, photos, tmp_path):
         in inside("predict.py", "x.jpg", "--model", "no.pt", check=1).stderr
     )
     (tmp_path / "empty").mkdir()
+    for left in ("@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", ".thumbnails/b.jpg", "#recycle/c.jpg"):
+        (tmp_path / "empty" / left).parent.mkdir(parents=True)
+        (tmp_path / "empty" / left).write_bytes(b"x")
     assert "empty: no photos or videos in this folder" in inside("predict.py", "empty", check=1).stderr
     (tmp_path / "crops" / "0none").mkdir(parents=True)
     Image.new("RGB", (128, 128), "green").save(tmp_path / "crops" / "0none" / "meadow.jpg")

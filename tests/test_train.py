@@ -507,15 +507,17 @@ def test_a_checkpoint_of_an_earlier_version_says_so(run, tmp_path):
         run("--resume")
 
 
-def test_links_are_followed_but_not_in_circles_and_hidden_things_are_left_out(mouths, tmp_path):
+def test_links_are_followed_but_not_in_circles_and_what_is_hidden_or_of_other_programs_is_left_out(
+        mouths, tmp_path):
     shutil.copytree(mouths / "data" / "train" / "dark", tmp_path / "elsewhere")
     (tmp_path / "set" / "dark").mkdir(parents=True)
     (tmp_path / "set" / "dark" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "dark" / "circle").symlink_to(tmp_path / "set" / "dark")
     (tmp_path / "set" / "empty").mkdir()
-    for hidden in (".hidden/x.png", "dark/.x.png", "dark/.thumbnails/x.png", "dark/notes.txt"):
+    for hidden in (".hidden/x.png", "dark/.x.png", "dark/.thumbnails/x.png", "dark/notes.txt", "@eaDir/x.png",
+                   "dark/@eaDir/a.png/x.png", "#recycle/x.png", "dark/__MACOSX/x.png"):
         path = tmp_path / "set" / hidden
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(next((tmp_path / "elsewhere").iterdir()), path)
     folder = train.CropFolder(tmp_path / "set")
     assert folder.classes == ["dark"] and len(folder) == 16
