@@ -48,9 +48,9 @@ def cropper():
     return LipCropper()
 
 
-@pytest.fixture
-def no_workers(cropper):
-    """Photos are looked at in this process: that saves the second which a worker takes to begin."""
+@contextlib.contextmanager
+def without_workers(cropper):
+    """Within, photos are looked at in this process: that saves the second which a worker takes to begin."""
     import preprocess_lips
 
     def look_at(tasks, workers):
@@ -60,6 +60,23 @@ def no_workers(cropper):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess_lips, "look_at", look_at)
         yield
+
+
+@pytest.fixture
+def no_workers(cropper):
+    with without_workers(cropper):
+        yield
+
+
+@pytest.fixture(scope="session")
+def none_left_out():
+    """Trainings on few images end without five more that leave some out in turns; the limit for those."""
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        limit = train.FEW_STEPS
+        patch.setattr(train, "FEW_STEPS", 0)
+        yield limit
 
 
 @pytest.fixture
@@ -75,7 +92,7 @@ def photos(tmp_path, orl):
 
 
 @pytest.fixture(scope="session")
-def mouths(tmp_path_factory, orl, cropper):
+def mouths(tmp_path_factory, orl, cropper, none_left_out):
     """data/train and data/val in a folder: 32 and 8 real mouths of two classes, told apart by brightness."""
     root = tmp_path_factory.mktemp("mouths")
     for i, name in enumerate(sorted(orl)[:200:5]):

@@ -54,7 +54,6 @@ def finished(mouths, tmp_path_factory):
         log = fit(mouths / "data", folder, "--recipe", "strong", "--epochs", 25)
     finally:
         train.evaluate = real
-    seen = seen[:25]  # without those of the images that are left out in turns at the end
     return log, read(log), [matrix for _, matrix, _ in seen], seen[-1][2]
 
 
