@@ -99,8 +99,8 @@ def example(name):
 
 
 def check_labels(command, folder, crops):
-    """Runs an example on eight crops, four of each class, and compares what it prints with net.predict."""
-    some = crops[:4] + crops[-4:]
+    """Runs an example on four crops, two of each class, and compares what it prints with net.predict."""
+    some = crops[:2] + crops[-2:]
     for (path, _), row in zip(some, expected(folder, some)):
         out = subprocess.run(
             [*command, path], cwd=folder, capture_output=True, check=True, encoding="utf-8"

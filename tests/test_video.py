@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import preprocess_lips
 import train
 from net import load_model
 from predict import predict_video
@@ -36,6 +37,12 @@ def model(mouths):
 def predicted(model, inside):
     """What predict.py prints in the test's folder, as lines: predicted("clip.mp4", "--json")."""
     return lambda *args: inside("predict.py", "--model", model, *args).stdout.splitlines()
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """Nothing is searched in frames that show nothing, which would take longer than all else."""
+    monkeypatch.setattr(preprocess_lips, "SEARCHES", ())
 
 
 def write_clip(path, orl, codec="mp4v", parts=PARTS):
@@ -207,7 +214,7 @@ def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(pre
 
 
 @pytest.mark.parametrize("rate", [239.977, 59.94006, 142.857, 999.9, 0.5])
-def test_copies_keep_rates_that_mpeg4_cannot_hold(predicted, rate, tmp_path):
+def test_copies_keep_rates_that_mpeg4_cannot_hold(predicted, blind, rate, tmp_path):
     write_frames(tmp_path / "clip.mp4", np.arange(30) / rate, parts=round(1000 * rate), last=1 / rate)
     predicted("clip.mp4", "--save", "named")
     levels, found = levels_of(tmp_path / "named" / "clip.mp4")
@@ -223,7 +230,7 @@ TIMES = np.concatenate([np.arange(15) / 30, 0.5 + np.arange(5) / 4, 1.75 + np.ar
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.webm"])
-def test_frames_keep_their_times_where_the_rate_varies(predicted, name, tmp_path):
+def test_frames_keep_their_times_where_the_rate_varies(predicted, blind, name, tmp_path):
     write_frames(tmp_path / name, TIMES, codec="libvpx" if name.endswith("webm") else "libx264")
     lines = [json.loads(line) for line in predicted(name, "--save", "named", "--json")]
     np.testing.assert_allclose([line["time"] for line in lines], TIMES, atol=0.002)
@@ -237,7 +244,7 @@ def test_frames_keep_their_times_where_the_rate_varies(predicted, name, tmp_path
     assert "cut short" not in "".join(predicted(name))
 
 
-def test_what_varies_a_little_is_copied_frame_by_frame(predicted, tmp_path):
+def test_what_varies_a_little_is_copied_frame_by_frame(predicted, blind, tmp_path):
     times = np.arange(60) / 30 + np.random.default_rng(0).uniform(-0.004, 0.004, 60)
     write_frames(tmp_path / "clip.mkv", times - times[0])
     predicted("clip.mkv", "--save", "named")
@@ -245,7 +252,7 @@ def test_what_varies_a_little_is_copied_frame_by_frame(predicted, tmp_path):
     assert len(levels) == 60 and rate == pytest.approx(30, abs=0.5) and (np.diff(levels) > 1).all()
 
 
-def test_a_last_frame_lasts_until_the_end_but_not_for_ever(predicted, tmp_path):
+def test_a_last_frame_lasts_until_the_end_but_not_for_ever(predicted, blind, tmp_path):
     write_frames(tmp_path / "still.mp4", np.arange(10) / 25, last=3)
     write_frames(tmp_path / "lost.mkv", [0, 0.04, 0.08, 0.12, 36_000])  # a stamp that is ten hours off
     out = predicted("still.mp4", "lost.mkv", "--save", "named")
@@ -256,7 +263,7 @@ def test_a_last_frame_lasts_until_the_end_but_not_for_ever(predicted, tmp_path):
     assert "cut short" not in "".join(out)
 
 
-def test_only_what_ends_far_before_its_end_is_called_cut_short(predicted, tmp_path):
+def test_only_what_ends_far_before_its_end_is_called_cut_short(predicted, blind, tmp_path):
     write_frames(tmp_path / "slow.mkv", np.arange(60) / 20)  # whose head says 30 frames a second
     assert "cut short" not in "".join(predicted("slow.mkv"))
     clip = (tmp_path / "slow.mkv").read_bytes()
@@ -265,7 +272,7 @@ def test_only_what_ends_far_before_its_end_is_called_cut_short(predicted, tmp_pa
 
 
 @pytest.mark.parametrize("codec, pixels", [("mjpeg", "yuvj420p"), ("png", "rgb24")])
-def test_a_song_with_a_cover_is_no_damaged_video(predicted, codec, pixels, tmp_path):
+def test_a_song_with_a_cover_is_no_damaged_video(predicted, blind, codec, pixels, tmp_path):
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "song.mp4"), "w") as file:
         sound, cover = file.add_stream("aac", rate=44100, layout="mono"), file.add_stream(codec, rate=1)
@@ -327,7 +334,7 @@ def test_a_video_that_cannot_be_written_costs_itself_only(inside, model, orl, fa
     assert f"named/a.mp4 {said}" in page and 'href="a.mp4"' not in page and 'href="b.mp4"' in page
 
 
-def test_a_resolution_that_changes_within_a_video(predicted, tmp_path):
+def test_a_resolution_that_changes_within_a_video(predicted, blind, tmp_path):
     first = write_frames(tmp_path / "a.ts", np.arange(20) / 20, parts=90_000).read_bytes()
     second = write_frames(
         tmp_path / "b.ts", 1.1 + np.arange(20) / 20, size=(640, 480), parts=90_000
@@ -355,7 +362,7 @@ def test_videos_that_say_how_they_were_held_are_upright(predicted, orl, tmp_path
     assert {frame.shape for frame in frames_of(tmp_path / "named" / "held.mp4")[0]} == {(240, 320, 3)}
 
 
-def test_ten_bits_a_channel(predicted, tmp_path):
+def test_ten_bits_a_channel(predicted, blind, tmp_path):
     write_frames(tmp_path / "clip.mp4", np.arange(20) / 20, codec="libx265", pixels="yuv420p10le")
     assert len([json.loads(line) for line in predicted("clip.mp4", "--save", "named", "--json")]) == 20
     levels, rate = levels_of(tmp_path / "named" / "clip.mp4")
