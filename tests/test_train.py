@@ -533,15 +533,6 @@ def test_ctrl_c_before_an_epoch_is_done_promises_nothing(run, monkeypatch):
         run("--epochs", 2)
 
 
-def test_a_closed_pipe_ends_training_as_ctrl_c_does(mouths, tmp_path):
-    process = start(mouths, tmp_path)
-    while not process.stdout.readline().startswith("epoch   2"):
-        pass
-    process.stdout.close()
-    assert process.wait(60) == 1 and "all finished epochs are saved" in process.stderr.read()
-    process.stderr.close()
-
-
 def test_a_checkpoint_cannot_lead_the_curves_out_of_logs(run, tmp_path):
     run("--epochs", 1)
     path = tmp_path / "models" / "checkpoint.pt"
@@ -596,76 +587,50 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_p
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def start(mouths, cwd, *args):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--data",
-            str(mouths / "data"),
-            "--device",
-            "cpu",
-            "--epochs",
-            "100000",
-            *args,
-        ],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def endless(mouths, tmp_path_factory):
+    """Two trainings without end, started together, as loading torch takes seconds: (process, its folder)."""
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(mouths / "data"), "--device", "cpu"]
+    runs = []
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp("endless")
+        process = subprocess.Popen([*command, "--epochs", "100000"], cwd=folder, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        runs.append((process, folder))
+    yield iter(runs)
+    for process, _ in runs:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for child processes")
-def test_ctrl_c_saves_all_finished_epochs(mouths, tmp_path):
-    process = start(mouths, tmp_path)
+def test_ctrl_c_saves_all_finished_epochs(endless, mouths):
+    process, folder = next(endless)
     for line in process.stdout:
-        if line.startswith("epoch  20"):
+        if line.startswith("epoch   3"):
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
-    assert (
-        f"all finished epochs are saved; 'python train.py --resume --data {mouths / 'data'}' goes on" in err
-    )  # the command that finds this run again
-    done = json.loads((tmp_path / "models" / "model.json").read_text())["last"]["epoch"]
+    # the command that finds this run again
+    again = f"python train.py --resume --data {mouths / 'data'}"
+    assert f"all finished epochs are saved; '{again}' goes on" in err
+    done = json.loads((folder / "models" / "model.json").read_text())["last"]["epoch"]
     printed = [line for line in out.splitlines() if line.startswith("epoch")]
-    assert done >= 20 and (not printed or int(printed[-1].split()[1].split("/")[0]) == done)
+    assert done >= 3 and (not printed or int(printed[-1].split()[1].split("/")[0]) == done)
 
 
-def torchrun(mouths, cwd, *args):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--standalone",
-            str(ROOT / "train.py"),
-            *train_flags(mouths / "data", None, *args),
-        ],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_two_processes_train_as_well_as_one_and_write_once(mouths, tmp_path):
-    process = torchrun(mouths, tmp_path, "--epochs", "12", "--lr", "0.03")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert (
-        out.count("kept the best epoch, ") == 1
-        and "2 processes" in out
-        and len(list((tmp_path / "logs").iterdir())) == 1
-    )
-    about = json.loads((tmp_path / "models" / "model.json").read_text())
-    assert about["images"] == {"train": 32, "val": 8} and about["best"]["val_acc"] == 1.0
+def test_a_closed_pipe_ends_training_as_ctrl_c_does(endless):
+    process, _ = next(endless)
+    while not process.stdout.readline().startswith("epoch   2"):
+        pass
+    process.stdout.close()
+    assert process.wait(60) == 1 and "all finished epochs are saved" in process.stderr.read()
+    process.stderr.close()
 
 
 RANKS = """
-import os, sys, torch
+import json, os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import train
 
@@ -675,65 +640,80 @@ def evaluate(net, *args, **more):
     torch.save(net.state_dict(), f"rank{os.environ['RANK']}.pt")
     return real(net, *args, **more)
 
+# a group that was left cannot be joined again: here it is not
+left, train.dist.destroy_process_group = [], lambda: left.append(None)
+usual, rare, endless = json.loads(sys.argv[2])
+train.main(usual)
 train.evaluate = evaluate
-train.main(sys.argv[2:])
+train.main(rare)
+train.evaluate = real
+assert len(left) == 2
+train.main(endless)
 """
 
 
-def test_processes_share_gradients_statistics_and_the_counts_of_the_classes(mouths, tmp_path):
-    shutil.copytree(mouths / "data", tmp_path / "data")
+@pytest.fixture(scope="module")
+def job(mouths, tmp_path_factory):
+    """What two processes of a job leave of three trainings, one after the other; a kill ends the last.
+
+    The folder in which "usual", "rare" and "endless" are, what was printed, and torchrun's status.
+    """
+    root = tmp_path_factory.mktemp("job")
+    shutil.copytree(mouths / "data", root / "data")
     for part in ("train", "val"):  # a class of one image, which one of the processes lacks
-        (tmp_path / "data" / part / "rare").mkdir()
-        shutil.copy(
-            sorted((mouths / "data" / part / "dark").iterdir())[0],
-            tmp_path / "data" / part / "rare" / "x.png",
-        )
-    (tmp_path / "ranks.py").write_text(RANKS)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--standalone",
-            "--",
-            "ranks.py",
-            str(ROOT),
-            "--recipe",
-            "strong",
-            "--device",
-            "cpu",
-            "--batch-size",
-            "16",
-            "--epochs",
-            "2",
-            "--logs",
-            "logs",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (weights(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+        (root / "data" / part / "rare").mkdir()
+        source = sorted((mouths / "data" / part / "dark").iterdir())[0]
+        shutil.copy(source, root / "data" / part / "rare" / "x.png")
+    (root / "ranks.py").write_text(RANKS)
+    trainings = [
+        train_flags(mouths / "data", root / "usual", "--epochs", 12, "--lr", 0.03),
+        train_flags(root / "data", root / "rare", "--epochs", 2, "--recipe", "strong"),
+        train_flags(mouths / "data", root / "endless", "--epochs", 100_000),
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    process = subprocess.Popen([*torchrun, "--", "ranks.py", str(ROOT), json.dumps(trainings)], cwd=root,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    out = []
+    for line in process.stdout:
+        out.append(line)
+        if re.match("epoch +3/100000 ", line):
+            break
+    else:
+        pytest.fail("".join(out))
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    return root, "".join(out), process.returncode
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+
+
+@posix
+def test_two_processes_train_as_well_as_one_and_write_once(job):
+    root, out, _ = job
+    assert out.count("kept the best epoch, ") == 1 and "2 processes" in out
+    assert len(list((root / "usual" / "logs").iterdir())) == 1
+    about = json.loads((root / "usual" / "models" / "model.json").read_text())
+    assert about["images"] == {"train": 32, "val": 8} and about["best"]["val_acc"] == 1.0
+
+
+@posix
+def test_processes_share_gradients_statistics_and_the_counts_of_the_classes(job):
+    root = job[0]
+    first, second = (weights(root / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    saved = weights(tmp_path / "models" / "checkpoint.pt")["kept"]
+    saved = weights(root / "rare" / "models" / "checkpoint.pt")["kept"]
     assert all(torch.equal(first[key], saved[key]) for key in first)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint_to_resume(mouths, tmp_path):
-    process = torchrun(mouths, tmp_path, "--epochs", "100000")
-    for line in process.stdout:
-        if line.startswith("epoch  20"):
-            break
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    done = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["epoch"]
-    assert done >= 1 and load_model(tmp_path / "models" / "model.pt").classes == ("bright", "dark")
+@posix
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint_to_resume(job):
+    root, _, status = job
+    assert status != 0
+    models = root / "endless" / "models"
+    done = torch.load(models / "checkpoint.pt", weights_only=True)["epoch"]
+    assert done >= 1 and load_model(models / "model.pt").classes == ("bright", "dark")
 
 
 def test_settings_that_cannot_work_are_one_clear_error(inside, mouths, tmp_path):
