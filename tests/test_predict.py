@@ -379,14 +379,15 @@ ODD = "\x1b]0;x\x07\n\x9b2J\u202e\u5634\udcff.png"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
-def test_names_of_files_and_classes_steer_no_terminal_and_are_exact_in_json(shell, model, mouths, tmp_path):
+def test_names_of_files_and_classes_steer_no_terminal_and_are_exact_in_json(
+    shell, inside, model, mouths, tmp_path
+):
     for label in ("0none", "2smile", "\u5f20\u5634"):
         (tmp_path / "in" / label).mkdir(parents=True)
         shutil.copy(next((mouths / "data" / "val").glob("*/*.png")), tmp_path / "in" / label / ODD)
-    shell_c = {"LANG": "C", "LC_ALL": "", "PYTHONIOENCODING": ""}
-    out = shell(
-        "predict.py", "--evaluate", "in", "in", "gone\x1b[2J.png", "--crops", env=shell_c, check=1
-    ).stdout
+    env = {"LANG": "C", "LC_ALL": "", "PYTHONIOENCODING": ""}
+    args = ["--evaluate", "in", "in", "gone\x1b[2J.png", "--crops"]
+    out = shell("predict.py", *args, env=env, check=1).stdout
     assert all(line.isprintable() for line in out.split("\n"))
     shown = r"\x1b]0;x\x07\n\x9b2J\u202e" + "\u5634" + r"\udcff.png"
     # a line for each of three, and for the two whose folder the model contradicts
@@ -405,12 +406,9 @@ def test_names_of_files_and_classes_steer_no_terminal_and_are_exact_in_json(shel
         for face in faces
     )
     (tmp_path / "in" / "0none").rename(tmp_path / "in" / "\x1b[31m\nred")
-    error = shell("predict.py", "--evaluate", "in", env=shell_c, check=1).stderr
-    assert (
-        error.startswith(r"error: in: holds \x1b[31m\nred, which is none of")
-        and error.count("\n") == 1
-        and error[:-1].isprintable()
-    )
+    error = inside("predict.py", "--evaluate", "in", check=1).stderr
+    assert error.startswith(r"error: in: holds \x1b[31m\nred, which is none of")
+    assert error.count("\n") == 1 and error[:-1].isprintable()
 
 
 HOSTILE = ("<script>alert(1)<!--", "\"'>&amp;", "\u5f20\u5634 #50%?")
