@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, shared
+from conftest import ROOT, SHARED, shared, without_workers
 from hostile import chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -224,15 +224,17 @@ def test_all_sample_faces_are_found_and_mouths_lie_in_the_lower_half(orl, croppe
     assert len(missed) <= 5, missed
 
 
-def test_a_mouth_beyond_the_edge_of_a_photo_is_none(orl, cropper):
+def test_a_mouth_beyond_the_edge_of_a_photo_is_none(orl, cropper, monkeypatch):
+    # without the searches for faces that are turned or small, which take most of the time
+    monkeypatch.setattr(preprocess_lips, "SEARCHES", preprocess_lips.SEARCHES[:4])
     found = 0
     for name in sorted(orl)[::50]:
         photo = np.repeat(cv2.copyMakeBorder(orl[name], 30, 0, 30, 30, cv2.BORDER_REPLICATE)[..., None], 3, 2)
-        for height in range(98, 142, 8):  # from the eyes to the chin
-            for face in cropper(photo[:height], largest=True):
+        for height in range(80, 142, 6):  # from the brows to the chin
+            for face in cropper(photo[:height]):
                 found += 1
                 assert 0 <= face.mouth[1] + face.mouth[3] < 2 * height
-    assert found > 20  # of 45, if those beyond the edge were not left out
+    assert found > 20  # and half as many more, if those beyond the edge were not left out
 
 
 def test_several_faces_come_largest_first_and_each_once(orl, cropper):
@@ -308,7 +310,7 @@ def test_every_file_has_a_row_and_every_crop_its_name(photos, monkeypatch, capsy
     (photos / "1pouting").mkdir()
     (photos / "0none" / "link").symlink_to(photos / "2smile")
     shutil.move(photos / "0none" / "s01_1.png", photos / "0none" / "more" / "Google_0001.jpeg")
-    main([])
+    main(["--workers", "1"])
     rows = rows_of(tmp_path / "data" / "lips")
     files = [p.relative_to(photos).as_posix() for p in photos.rglob("*") if p.is_file() or p.is_symlink()]
     assert sorted(rows) == sorted(files)
@@ -380,7 +382,7 @@ def test_a_conflict_lasts_until_one_copy_is_removed(photos, tmp_path, capsys):
     assert row["status"] == "ok" and (crops / "0none" / row["crop"]).is_file()
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, cropper, monkeypatch, capsys):
     crops, real, kept = tmp_path / "crops", preprocess_lips.run_parallel, []
 
     def stop_after_five(*args):
@@ -399,7 +401,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
         with open(crops / "manifest.csv.part0", "a") as journal:
             journal.write('{"source": "0none/s01')  # a line that a kill cut short
     monkeypatch.undo()
-    main([str(photos), str(crops), "--workers", "1"])
+    with without_workers(cropper):
+        main([str(photos), str(crops)])
     assert kept == [5, 10] and "14 photos looked at" in capsys.readouterr().out and len(rows_of(crops)) == 24
 
 
