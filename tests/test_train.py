@@ -368,9 +368,8 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path, ctrl_c, recipe):
     with ctrl_c(4):
         run("--recipe", recipe, "--epochs", 6, "--step-size", 4)
     about = run("--resume")
-    assert (
-        about["settings"]["step_size"] == 4 and about["settings"]["recipe"] == recipe
-    )  # from the checkpoint
+    # from the checkpoint
+    assert about["settings"]["step_size"] == 4 and about["settings"]["recipe"] == recipe
     whole, resumed = (weights(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "models"))
     for part in ("model", "kept"):
         assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
@@ -640,23 +639,37 @@ def evaluate(net, *args, **more):
     torch.save(net.state_dict(), f"rank{os.environ['RANK']}.pt")
     return real(net, *args, **more)
 
+def until_the_third(*args, **more):
+    calls.append(None)
+    if len(calls) == 3:
+        raise KeyboardInterrupt
+    return real(*args, **more)
+
 # a group that was left cannot be joined again: here it is not
 left, train.dist.destroy_process_group = [], lambda: left.append(None)
-usual, rare, endless = json.loads(sys.argv[2])
+usual, resumed, rare, endless = json.loads(sys.argv[2])
 train.main(usual)
+calls, train.evaluate = [], until_the_third
+try:
+    train.main(resumed)
+except SystemExit as stopped:
+    print(stopped)
+train.dist.barrier()  # the first has saved the checkpoint
+train.evaluate = real
+train.main([*resumed, "--resume"])
 train.evaluate = evaluate
 train.main(rare)
 train.evaluate = real
-assert len(left) == 2
+assert len(left) == 4
 train.main(endless)
 """
 
 
 @pytest.fixture(scope="module")
 def job(mouths, tmp_path_factory):
-    """What two processes of a job leave of three trainings, one after the other; a kill ends the last.
+    """What two processes of a job leave of four trainings, one after the other; a kill ends the last.
 
-    The folder in which "usual", "rare" and "endless" are, what was printed, and torchrun's status.
+    The folder in which "usual", "resumed", "rare" and "endless" are, what was printed, and torchrun's status.
     """
     root = tmp_path_factory.mktemp("job")
     shutil.copytree(mouths / "data", root / "data")
@@ -667,6 +680,7 @@ def job(mouths, tmp_path_factory):
     (root / "ranks.py").write_text(RANKS)
     trainings = [
         train_flags(mouths / "data", root / "usual", "--epochs", 12, "--lr", 0.03),
+        train_flags(mouths / "data", root / "resumed", "--epochs", 12, "--lr", 0.03),
         train_flags(root / "data", root / "rare", "--epochs", 2, "--recipe", "strong"),
         train_flags(mouths / "data", root / "endless", "--epochs", 100_000),
     ]
@@ -692,10 +706,20 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @posix
 def test_two_processes_train_as_well_as_one_and_write_once(job):
     root, out, _ = job
-    assert out.count("kept the best epoch, ") == 1 and "2 processes" in out
+    assert out.count("kept the best epoch, ") == 2 and "2 processes" in out  # once for "usual" and "resumed"
     assert len(list((root / "usual" / "logs").iterdir())) == 1
     about = json.loads((root / "usual" / "models" / "model.json").read_text())
     assert about["images"] == {"train": 32, "val": 8} and about["best"]["val_acc"] == 1.0
+
+
+@posix
+def test_a_run_resumed_by_two_processes_ends_with_the_same_bits(job):
+    root, out, _ = job
+    assert "all finished epochs are saved" in out
+    usual, resumed = (weights(root / name / "models" / "checkpoint.pt") for name in ("usual", "resumed"))
+    for part in ("model", "kept"):
+        assert all(torch.equal(usual[part][key], resumed[part][key]) for key in usual[part])
+    assert usual["last"] == resumed["last"] and usual["best"] == resumed["best"]
 
 
 @posix
