@@ -75,12 +75,17 @@ def list_crops(crops):
     return dict(sorted(found.items()))
 
 
+def find_group(path, pattern):
+    """The match of `pattern` in a path, in which --sort's numbers before names do not count; or None."""
+    return pattern.search(re.sub(r"(^|/)[01]\.\d{3}(-\d+)?_", r"\1", path))
+
+
 def group_of(path, pattern):
     """The part of `path` that names its group: the first parenthesis of `pattern`, else the whole match.
 
     A path that does not match is a group of its own.
     """
-    match = pattern.search(re.sub(r"(^|/)[01]\.\d{3}(-\d+)?_", r"\1", path))  # without --sort's numbers
+    match = find_group(path, pattern)
     if not match:
         return path
     return match.group(1) if pattern.groups and match.group(1) is not None else match.group(0)
@@ -242,7 +247,7 @@ def find_groups(crops, files, pattern=None):
     sources = {file: photos.get(file, "/".join(file)) for file in files}
     names, alone = dict(sources), []
     if pattern:
-        alone = [path for path in sources.values() if not pattern.search(path)]
+        alone = [path for path in sources.values() if not find_group(path, pattern)]
         if len(alone) == len(files):
             raise ValueError(f"--group {pattern.pattern}: found in no photo's path; they are like {alone[0]}")
         names = {file: group_of(path, pattern) for file, path in sources.items()}

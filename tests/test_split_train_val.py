@@ -338,6 +338,12 @@ def test_probabilities_before_the_names_of_sorted_photos_divide_no_group(name):
     assert group_of(f"2smile/{name}", re.compile(r"([^/]+)_\d+\.")) == "Ann_Lee"
 
 
+def test_probabilities_alone_are_no_match_of_a_group(tmp_path, crops, capsys):
+    (crops / "a" / "0.981_Ann.jpg").write_bytes((crops / "a" / "p0_a00.jpg").read_bytes())
+    split(tmp_path, "--group", r"p(\d+)_|0\.\d+_")
+    assert "because --group finds nothing in their paths: 1 crops" in capsys.readouterr().out
+
+
 def test_link_makes_hard_links_and_switching_back_makes_copies(tmp_path, crops):
     name = sorted(split(tmp_path, "--link"))[0]
     source = crops / name.split("/", 1)[1]
