@@ -1181,8 +1181,12 @@ def parse_args(argv):
         parser.error("name photos, videos or a folder, or --camera 0, or --evaluate DIR")
     if args.camera is not None and (args.inputs or args.evaluate or args.save or args.crops or args.sort):
         parser.error("--camera goes with --model and --json only; name a video without --camera to --save it")
+    if not 0 <= args.sure <= 1:
+        parser.error("--sure must be between 0 and 1")
+    if not args.sort and (args.link or args.sure != SURE):
+        parser.error("--sure and --link go with --sort DIR")
     if args.sort and (args.save or args.evaluate or not args.inputs):
-        parser.error("--sort goes with photos or folders of them, --model, --crops and --json only")
+        parser.error("--sort goes with photos or folders of them and with no other task, nor with --save")
     return args
 
 

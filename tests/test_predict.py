@@ -531,6 +531,8 @@ def test_help_fits_a_screen_and_its_examples_work(model, two_faces, tmp_path, mo
     (("--camera", "0", "photo.jpg"), "--camera goes with --model and --json only"),
     (("--camera", "0", "--save", "x"), "--camera goes with --model and --json only"),
     (("photo.jpg", "--sort", "x", "--save", "y"), "--sort goes with photos"),
+    (("photo.jpg", "--sort", "x", "--sure", "95"), "--sure must be between 0 and 1"),
+    (("photo.jpg", "--link"), "--sure and --link go with --sort"),
     (("--evaluate", "x", "--sort", "y"), "--sort goes with photos"),
 ])
 def test_flags_that_exclude_each_other_say_so(args, why, capsys):
