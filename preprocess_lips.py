@@ -83,6 +83,7 @@ MAX_FRAMES = 100  # of an animation that begins with frames of one colour
 
 COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns")
 NEEDED = ("source", "class", "status", "crop", "sha1", "bytes", "mtime_ns")
+# What becomes of a photo: `process_photo` says it, of copies `settle`. data/README.md explains each.
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
 JOURNAL = "manifest.csv.part"  # and the process's number: what is done, until the manifest says so
@@ -297,7 +298,7 @@ class Search(NamedTuple):
     border: float  # replicated border, without which tight faces are not found
     step: float  # between two sizes of face
     votes: int  # least number of windows that agree
-    sure: float  # as many need no second look
+    sure: float  # with as many, no second look is needed
     faces: tuple  # smallest and largest face
     fallback: bool  # only where no face was found before
     score: float = HOG_SCORE  # what dlib's detector must give a face in the second look; it calls 0 a face
@@ -307,6 +308,7 @@ class Search(NamedTuple):
 LEAST_SHARE = 0.4  # no search is begun whose largest faces are smaller than this share of the largest found
 # Large faces first: most photos are done there, in 3 ms. tests/bench/README.md says what each step brings.
 SEARCHES = (
+    # name, side, border, step, votes, sure, faces, fallback
     Search("alt2", 48, 0.22, 1.12, 2, 5, (0.5, 1.5), False),
     Search("default", 96, 0.4, 1.05, 2, NEVER, (0.35, 1.6), True),
     Search("alt2", 160, 0.15, 1.15, 3, NEVER, (0.15, 0.55), False),
@@ -751,7 +753,7 @@ def identify(photos, source, label):
 
 
 def process_photo(cropper, photos, source, label):
-    """Look at the photo ``photos/source`` of class `label`, and decide its fate.
+    """Look at the photo ``photos/source`` of class `label` and decide its fate; that of copies `settle` does.
 
     Returns
     -------
