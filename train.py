@@ -87,13 +87,13 @@ CALIBRATION_ERROR = 0.02  # up to here no temperature is needed
 FEW_IMAGES = 20  # with fewer for validation some of all images are left out in turns, too
 FEW_STEPS = 2000  # as long as that takes no more batches: seconds
 CHECKPOINT = "checkpoint.pt"
-SAVE_SECONDS = 20  # a kill costs at most this much training
+SAVE_SECONDS = 20  # a kill costs at most this much training and the epoch that it hits
 
 
 # --- data: every crop is decoded once, into one tensor
 
 
-# folders that disk stations and systems put between the images: thumbnails, bins, resource forks
+# folders that disk stations (NAS) and systems put between the images: thumbnails, bins, resource forks
 OTHERS = ("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found")
 
 
@@ -127,7 +127,7 @@ UPRIGHT = {
 
 
 def load_crop(path):
-    """A crop as predict.py would see it: upright, on white where it is transparent. RGB PIL image."""
+    """A crop, upright and on white where it is transparent: RGB PIL image, of JPEGs smaller than the file."""
     with Image.open(path) as image:
         if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
             raise ValueError(f"{image.format} is not read")
@@ -448,7 +448,7 @@ def class_weights(counts, power):
 
 
 def make_criterion(weights=None, smoothing=0.0):
-    """The loss: mean cross-entropy of logits N x nclass and labels N, samples weighed by their class.
+    """The loss: mean cross-entropy of logits N x nclass and labels N, samples weighted by their class.
 
     nn.CrossEntropyLoss weighs the smoothed labels, too, and so smooths towards rare classes.
     """
@@ -888,14 +888,14 @@ class Run:
         learner.net.load_state_dict(state["model"])
         if learner.average:
             learner.average.load_state_dict(state["average"])
-        # flags may have changed the settings, which are in the groups: these stay as they are
+        # neither the groups' settings nor the scheduler come from the checkpoint: flags may have changed them
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps before its optimizer
             for _ in range(state["epoch"] * learner.steps):
                 learner.scheduler.step()
-        simpleconv3(len(self.classes)).load_state_dict(state["kept"])
+        simpleconv3(len(self.classes)).load_state_dict(state["kept"])  # raises where it is damaged
         self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
         self.best, self.last, self.log_dir = state["best"], state["last"], self.logs / state["log_dir"]
         float(self.best["val_acc"] + self.last["val_acc"] + state["calibration"]["temperature"])
@@ -932,7 +932,7 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"{path}: no run to resume; start one without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "momentum" in state:
+        if "momentum" in state:  # those had their own SGD
             raise ValueError("an earlier version of train.py wrote it")
         state["log_dir"] = PureWindowsPath(state["log_dir"]).name  # which knows the separators of all systems
         if NO_CLASS_NAME.search(state["log_dir"]):
@@ -1018,11 +1018,13 @@ class Learner:
     device : torch.device
     share : int
         Images of a batch that this process takes.
+    weights : path-like, optional
+        File to start from.
     """
 
-    def __init__(self, args, classes, counts, steps, device, share):
+    def __init__(self, args, classes, counts, steps, device, share, weights=None):
         torch.manual_seed(args.seed)
-        self.net = make_net(classes, args.weights).to(device)
+        self.net = make_net(classes, weights).to(device)
         if args.amp:
             self.net.to(memory_format=torch.channels_last)
         self.steps = steps
@@ -1034,8 +1036,8 @@ class Learner:
             self.optimizer, args.schedule, steps, args.epochs, args.step_size, args.gamma)
         self.average = make_average(self.net, args.average) if args.average else None
         self.judged = self.average.module if self.average else self.net  # what is validated and kept
-        weights = class_weights(counts.to(device), args.balance) if args.balance else None
-        self.criterion = make_criterion(weights, args.smoothing)
+        balance = class_weights(counts.to(device), args.balance) if args.balance else None
+        self.criterion = make_criterion(balance, args.smoothing)
         self.augment = functools.partial(
             augment, crop=args.crop, shift=args.shift, flip=args.flip, rotate=args.rotate, colour=args.colour,
             grey=args.grey)
@@ -1057,7 +1059,8 @@ def train(args):
     images, labels, val_images, val_labels = (tensor.to(device) for tensor in data[1:5])
     share = args.batch_size // world
     steps = math.ceil(len(images) / share)
-    learner = Learner(args, data.classes, data.counts, steps, device, share)
+    weights = None if state else args.weights  # whose file need no longer be there
+    learner = Learner(args, data.classes, data.counts, steps, device, share, weights)
     run = Run(args, data)
     if state:
         resume(run, state, learner, args)
@@ -1173,7 +1176,7 @@ def leave_some_out(args, folds=5):
     for k in tqdm(range(folds), desc="leaving some out", unit="fold", leave=False, disable=None):
         rest = fold != k
         counts = torch.bincount(labels[rest], minlength=len(classes))
-        learner = Learner(args, classes, counts, steps, device, args.batch_size)
+        learner = Learner(args, classes, counts, steps, device, args.batch_size, args.weights)
         for epoch in range(args.epochs):
             learner.epoch(large[rest], labels[rest], torch.Generator(device).manual_seed(epoch))
         hits += int(evaluate(learner.judged, small[~rest], labels[~rest])[1].trace())
@@ -1222,7 +1225,7 @@ def parse_args(argv=None):
     setting("--step-size", "epochs between drops, with step", type=int, metavar="N")
     setting("--gamma", "and their factor", type=float, metavar="G")
     setting("--crop", "area of random crops", type=float, nargs=2, metavar=("LOW", "HIGH"))
-    setting("--shift", "of a crop as large as the image", type=float, metavar="S")
+    setting("--shift", "of large crops, in half sides", type=float, metavar="S")
     setting("--flip", "mirror half of the images", action=yes_or_no)
     setting("--rotate", "turns up to this many degrees", type=float, metavar="D")
     setting("--colour", "change of brightness, contrast ...", type=float, metavar="C")
@@ -1234,7 +1237,8 @@ def parse_args(argv=None):
     setting("--keep", "epoch that model.pt gets", choices=["best", "last"])
     parser.add_argument("--recipe", choices=RECIPES, default="textbook", metavar="NAME",
                         help=f"{names} (default: %(default)s)")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe")
+    parser.add_argument("--amp", action="store_true",
+                        help="compute in bfloat16: faster on hardware that has it, much slower on others")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, mps ... (default: the accelerator, if any)")
     for name, what in (("data", "holds train/ and val/"), ("logs", "for tensorboard --logdir"),
@@ -1264,8 +1268,8 @@ def check_args(args, parser):
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.crop[0] <= args.crop[1] <= 4:
         parser.error("--crop must be two numbers, the smaller first, over 0 and up to 4")
-    for most, names in ((1, "shift colour grey smoothing average momentum weight_decay"), (10, "balance"),
-                        (180, "rotate"), (2**31, "seed"), (math.inf, "gamma")):
+    for most, names in ((1, "shift colour grey smoothing average momentum weight_decay"),
+                        (10, "balance"), (180, "rotate"), (2**31, "seed"), (math.inf, "gamma")):
         for name in names.split():
             if not 0 <= getattr(args, name) <= most:  # not a number fails, too
                 parser.error(f"--{name.replace('_', '-')} must be between 0 and {most}")

@@ -277,9 +277,8 @@ def test_augmentation_keeps_levels_and_mirrors_turn_about_the_centre(mouths):
     paths = sorted((mouths / "data" / "train").glob("*/*.png"))
     images = load_images(paths, 64, mouths / "cache")
     for recipe in train.RECIPES:
-        settings = {
-            key: train.RECIPES[recipe][key] for key in ("crop", "shift", "flip", "rotate", "colour", "grey")
-        }
+        names = "crop shift flip rotate colour grey".split()
+        settings = {key: train.RECIPES[recipe][key] for key in names}
         batch = train.augment(images, torch.Generator().manual_seed(0), **settings)
         assert batch.shape == (32, 3, 48, 48) and -1 <= batch.min() < batch.max() <= 1
         assert torch.equal(batch, train.augment(images, torch.Generator().manual_seed(0), **settings))
@@ -443,6 +442,16 @@ def test_training_from_weights_begins_with_what_they_know(run, tmp_path, capsys)
             torch.testing.assert_close(again[key], known[key], atol=1e-6, rtol=0)
     with pytest.raises(SystemExit, match="error: gone.pt: no such model"):
         run("--weights", "gone.pt")
+
+
+def test_a_run_goes_on_without_the_file_that_it_started_from(run, tmp_path, ctrl_c):
+    run("--epochs", 1)
+    (tmp_path / "models" / "model.pt").rename(tmp_path / "other.pt")
+    (tmp_path / "models" / "model.json").rename(tmp_path / "other.json")
+    with ctrl_c(2):
+        run("--weights", "other.pt", "--epochs", 2)
+    (tmp_path / "other.pt").unlink()
+    assert run("--resume")["last"]["epoch"] == 2
 
 
 def test_the_last_layers_weights_go_to_classes_of_the_same_name(tmp_path):
