@@ -1238,7 +1238,7 @@ def parse_args(argv=None):
     parser.add_argument("--recipe", choices=RECIPES, default="textbook", metavar="NAME",
                         help=f"{names} (default: %(default)s)")
     parser.add_argument("--amp", action="store_true",
-                        help="compute in bfloat16: faster on hardware that has it, much slower on others")
+                        help="bfloat16: faster on hardware that has it, else much slower")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, mps ... (default: the accelerator, if any)")
     for name, what in (("data", "holds train/ and val/"), ("logs", "for tensorboard --logdir"),
