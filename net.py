@@ -490,7 +490,7 @@ def load_model(path=None, device="cpu"):
 
 def layer_table(net):
     """Text: every layer with its kind, output shape and number of parameters."""
-    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
+    from tabulate import tabulate  # here: it takes 0.2 s to load, and train.py prints no table
 
     rows, hooks = [], []
     for name, layer in net.named_children():

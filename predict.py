@@ -67,6 +67,7 @@ from preprocess_lips import (
     read_photo,
     sweep,
     temporary,
+    text_table,
     write_file,
     writing,
 )
@@ -685,14 +686,9 @@ def evaluate_folder(folder, model, crops):
 
 def evaluation_text(scores):
     """Two tables and a line, as text, for the scores of `evaluate_folder`."""
-    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
 
     def percent(value):
         return "-" if value is None else f"{value:.1%}"
-
-    def table(headers, rows):
-        return tabulate(rows, headers, tablefmt="plain", disable_numparse=True,
-                        colalign=("left",) + ("right",) * (len(headers) - 1))
 
     names = list(map(printable, scores["classes"]))
     rows = [
@@ -702,8 +698,8 @@ def evaluation_text(scores):
     confusion = [[name, *row] for name, row in zip(names, scores["confusion"])]
     skipped = f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else ""
     text = [
-        table(["class", "images", "precision", "recall", "f1"], rows),
-        table(["true \\ predicted", *names], confusion),
+        text_table(["class", "images", "precision", "recall", "f1"], rows),
+        text_table(["true \\ predicted", *names], confusion),
         f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
         f" on {scores['images']} images{skipped}",
     ]
@@ -832,11 +828,9 @@ def verdict(result, classes, sure):
 
 def print_sorted(args, model, counts, before, unreadable):
     """What went where, and what to do next."""
-    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
-
     if counts:
         rows = [[printable(name), counts[name]] for name in (*model.classes, *NO_CLASSES)]
-        print(tabulate(rows, ["folder", "photos"], tablefmt="plain", disable_numparse=True))
+        print(text_table(["folder", "photos"], rows, "left"))
     done = f"{counts.total()} photos {'linked' if args.link else 'copied'} to {args.sort}"
     done += f", {before} left where they are since they were sorted before" if before else ""
     done += f", {unreadable} left out since they cannot be read" if unreadable else ""

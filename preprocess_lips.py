@@ -71,7 +71,7 @@ MIN_FACE = 40  # pixels; that size, or 1 % of a larger photo's longer side, is t
 MAX_SIDE_RATIO = 10
 DECODE_SIDE = 512  # pixels that the shorter side keeps where a JPEG is decoded at a fraction of its size
 SEARCH_SIDE = 640  # pixels of the longer side in which all but small faces are searched
-SMALL_SIDE = 1500  # pixels that the shorter side keeps where these are
+SMALL_SIDE = 1500  # pixels that the shorter side keeps where small faces are searched
 FACE_SIDE = 120  # landmarks are looked for at this size of the face, whatever the photo's
 
 # What a file from a stranger may cost. Photos that want more are unreadable.
@@ -1371,10 +1371,16 @@ def command_line(after_interrupt):
         sys.exit(f"error: {printable(error)}")
 
 
+def text_table(headers, rows, others="right"):
+    """Rows of cells below headers, as text: the first column to the left, the others to that side."""
+    from tabulate import tabulate  # here: it takes 0.2 s to load, which predict.py seldom needs
+
+    return tabulate(rows, headers, "plain", disable_numparse=True,
+                    colalign=("left", *[others] * (len(headers) - 1)))
+
+
 def table(rows):
     """Text: how many photos of each class have each status."""
-    from tabulate import tabulate  # here: it takes 0.2 s to load, which most commands need not spend
-
     counts = Counter((row["class"], row["status"]) for row in rows)
     statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
     classes = sorted({label for label, _ in counts})
@@ -1382,8 +1388,7 @@ def table(rows):
     for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
         cells = [sum(counts[label, status] for label in labels) for status in statuses]
         lines.append([printable(name), sum(cells), *cells])
-    return tabulate(lines, ("class", "photos", *statuses), "plain", disable_numparse=True,
-                    colalign=("left", *("right" for _ in lines[0][1:])))
+    return text_table(("class", "photos", *statuses), lines)
 
 
 def report(photos, rows):

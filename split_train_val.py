@@ -24,7 +24,6 @@ import cv2
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from tabulate import tabulate
 from tqdm import tqdm
 
 from preprocess_lips import (
@@ -41,6 +40,7 @@ from preprocess_lips import (
     read_csv,
     sweep,
     temporary,
+    text_table,
     write_csv,
     writing,
 )
@@ -51,6 +51,7 @@ RECORD = "split.csv"
 ALIKE = 0.88  # at a glance: those of copies, and one pair in 600 of others
 ALIGNABLE = 0.92  # before they are laid over each other with care
 SAME_MOUTH = 0.985  # after that: they are of one photo
+LIPS = 14, 40, 14, 50  # first and last row and column of the lips in 64 x 64 pixels
 
 
 # --- groups
@@ -104,16 +105,16 @@ def miniature(path):
 
 
 def similar_pairs(images):
-    """All pairs of images whose mouths look alike at a glance, shifted and scaled by a tenth at most.
+    """Yield pairs of images whose mouths look alike at a glance, shifted and scaled by a tenth at most.
 
     Parameters
     ----------
     images : uint8 array of shape (N, 64, 64)
 
-    Returns
-    -------
-    int array of shape (M, 2)
-        Indices, the smaller first.
+    Yields
+    ------
+    list of [int, int]
+        Indices, the smaller first: the pairs of 256 images with all after them.
     """
     small = {side: np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
                              for image in images]) for side in (22, 24, 26)}
@@ -132,7 +133,6 @@ def similar_pairs(images):
     middle = patches(slice(None), 24, 0)[:, 0]
     basis = np.linalg.eigh(middle.T @ middle)[1][:, -40:]  # in which they differ most: no fine details
     middle = directions(middle @ basis)
-    found = []
     for start in tqdm(range(0, len(images), 256), "comparing", leave=False, unit="block", disable=None):
         block = slice(start, start + 256)
         shifted = directions(np.concatenate([patches(block, side, 2) for side in small], 1) @ basis)
@@ -140,8 +140,7 @@ def similar_pairs(images):
         for one in shifted.swapaxes(0, 1):
             np.maximum(best, one @ middle[start:].T, out=best)
         pairs = np.argwhere(best >= ALIKE)
-        found.append(pairs[pairs[:, 0] < pairs[:, 1]] + start)
-    return np.concatenate(found)
+        yield (pairs[pairs[:, 0] < pairs[:, 1]] + start).tolist()
 
 
 def agreement(a, b):
@@ -151,21 +150,22 @@ def agreement(a, b):
     image alignment using enhanced correlation coefficient maximization"). What lies below the lips does not
     count: it may be cut off in one of the photos.
     """
+    top, bottom, left, right = LIPS
+    lips = np.float32(a[top:bottom, left:right])
     best, warp = -1.0, None
     for side in (54, 59, 64, 69, 74):
         scale = side / 64
         scaled = cv2.resize(a, (side, side), interpolation=cv2.INTER_AREA)
-        top, bottom, left, right = (round(edge * scale) for edge in (17, 37, 17, 47))
-        found = cv2.matchTemplate(b, scaled[top:bottom, left:right], cv2.TM_CCOEFF_NORMED)
+        y0, y1, x0, x1 = (round(edge * scale) for edge in (top + 3, bottom - 3, left + 3, right - 3))
+        found = cv2.matchTemplate(b, scaled[y0:y1, x0:x1], cv2.TM_CCOEFF_NORMED)
         _, correlation, _, (x, y) = cv2.minMaxLoc(found)
         if correlation > best:
             best = correlation
-            warp = np.float32([[scale, 0, x - left + 14 * scale], [0, scale, y - top + 14 * scale]])
+            warp = np.float32([[scale, 0, x - x0 + left * scale], [0, scale, y - y0 + top * scale]])
     if best < ALIGNABLE:
         return best
     stop = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 40, 1e-3)
     try:
-        lips = np.float32(a[14:40, 14:50])
         return max(best, cv2.findTransformECC(lips, np.float32(b), warp, cv2.MOTION_AFFINE, stop, None, 3)[0])
     except cv2.error:  # it does not converge
         return best
@@ -192,17 +192,16 @@ def find_copies(crops):
         if len(images) < 2:
             return []
         files, looks = list(images), list(images.values())
-        likely = similar_pairs(np.stack(looks)).tolist()
 
         def one_moment(pair):
             a, b = (looks[i] for i in pair)
             return agreement(a, b) >= SAME_MOUTH or agreement(b, a) >= SAME_MOUTH
 
         near = defaultdict(list)
-        checks = pool.map(one_moment, likely)
-        for first, second in tqdm(likely, "comparing", leave=False, unit="pair", disable=None):
-            if next(checks):
-                near[files[first]].append(files[second])
+        for likely in similar_pairs(np.stack(looks)):
+            for (first, second), same in zip(likely, pool.map(one_moment, likely)):
+                if same:
+                    near[files[first]].append(files[second])
     pairs, taken = [], set()
     for file in files:
         if file not in taken:
@@ -471,8 +470,7 @@ def table(rows):
     for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
         train, val = (sum(counts[label, part] for label in labels) for part in ("train", "val"))
         lines.append([printable(name), train + val, train, val])
-    return tabulate(lines, ("class", "total", "train", "val"), "plain", disable_numparse=True,
-                    colalign=("left", "right", "right", "right"))
+    return text_table(("class", "total", "train", "val"), lines)
 
 
 def report(args, rows, foreign, groups):

@@ -737,7 +737,8 @@ class Curves:
         renamed = [(drawn, name) for drawn, name in zip(drawable(run.classes), self.names) if drawn != name]
         self.legend = "".join(f", {drawn} is {name}" for drawn, name in renamed)
         purge = run.epoch + 1 if run.epoch else None
-        self.writer = SummaryWriter(run.log_dir, purge_step=purge, max_queue=1000)  # a short queue waits
+        # a short queue would make training wait
+        self.writer = SummaryWriter(run.log_dir, purge_step=purge, max_queue=1000)
         # add_hparams would put the settings into a run of their own; without the first of the three
         # summaries, which lists columns, TensorBoard shows the settings in which runs differ
         settings = {key: str(value) if isinstance(value, bool | list | None) else value
