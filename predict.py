@@ -23,6 +23,7 @@ In other code:
 import argparse
 import contextlib
 import functools
+import gc
 import html
 import io
 import itertools
@@ -1185,6 +1186,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
+    gc.freeze()  # what is loaded stays; to look for garbage in it at the end would take half a second
     args = parse_args(argv)
     with command_line("what was sorted or saved stays"):
         if hasattr(sys.stdout, "reconfigure"):

@@ -10,6 +10,10 @@ models/model.pt is a plain state dict of the kept epoch: the one with the best v
 the last one where the learning rate ends at zero. models/model.json beside it says everything else.
 """
 
+import gc
+
+gc.disable()  # loading torch makes a million objects and no garbage; looking for it would take half a second
+
 import argparse
 import contextlib
 import copy
@@ -62,6 +66,9 @@ from net import (
     square,
     write_file,
 )
+
+gc.enable()
+gc.freeze()  # what is loaded stays to the end, where looking through it would take another second
 
 # --- recipes
 
