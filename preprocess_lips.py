@@ -312,14 +312,14 @@ SEARCHES = (
     Search("alt2", 48, 0.22, 1.12, 2, 5, (0.5, 1.5), False),
     Search("default", 96, 0.4, 1.05, 2, NEVER, (0.35, 1.6), True),
     Search("alt2", 160, 0.15, 1.15, 3, NEVER, (0.15, 0.55), False),
-    Search("alt2", 250, 0, 1.14, 1, NEVER, (0.08, 0.18), False, 0),
+    Search("alt2", 250, 0, 1.14, 1, NEVER, (0.08, 0.18), False, score=0),
     Search("alt2", 72, 0.4, 1.1, 2, NEVER, (0.4, 1.6), True, turns=(-25, 25)),
     Search("hog", 240, 0.3, 0, 0, NEVER, (), True),
-    Search("alt2", 500, 0, 1.14, 1, NEVER, (0.04, 0.08), False, 0),
-    Search("alt2", 1000, 0, 1.18, 1, NEVER, (0.02, 0.04), False, 0),
+    Search("alt2", 500, 0, 1.14, 1, NEVER, (0.04, 0.08), False, score=0),
+    Search("alt2", 1000, 0, 1.18, 1, NEVER, (0.02, 0.04), False, score=0),
     Search("hog", 240, 0.3, 0, 0, NEVER, (), True, turns=(90, 270, 180)),
     Search("hog", 480, 0.1, 0, 0, NEVER, (), True, turns=(90, 270, 180)),
-    Search("alt2", 2000, 0, 1.18, 1, NEVER, (0.01, 0.02), False, 0),
+    Search("alt2", 2000, 0, 1.18, 1, NEVER, (0.01, 0.02), False, score=0),
 )
 
 
@@ -398,7 +398,7 @@ class LipCropper:
                         continue
                     box, landmarks = _in_photo(box, landmarks, back, scale)
                     mouth = mouth_box(landmarks)
-                    if not shows(size, mouth):
+                    if not is_inside(size, mouth):
                         refused += 1
                         continue
                     if any(_overlap(box, other.box) >= 0.3 for other in faces):
@@ -470,7 +470,7 @@ class LipCropper:
             return None
         box, landmarks = _in_photo(box, landmarks, back, 1)
         mouth = mouth_box(landmarks)
-        if not shows(photo.shape[1::-1], mouth):
+        if not is_inside(photo.shape[1::-1], mouth):
             return None
         return Face(box, landmarks, mouth, _upright(cut(photo, mouth, CROP_SIDE), turn), "followed")
 
@@ -615,7 +615,7 @@ def mouth_box(landmarks):
     return left, top, left + side, top + side
 
 
-def shows(size, mouth):
+def is_inside(size, mouth):
     """Whether the middle of a mouth's box is in a photo of that (width, height): landmarks go on beyond."""
     x, y = (mouth[0] + mouth[2]) / 2, (mouth[1] + mouth[3]) / 2
     return 0 <= x < size[0] and 0 <= y < size[1]
@@ -822,7 +822,7 @@ class Worker:
         self.process = context.Process(target=work, args=(other_end, MAX_SECONDS), daemon=True)
         try:
             self.process.start()
-        except RuntimeError:  # in a worker that runs again the script which started it, see `look_at`
+        except RuntimeError:  # in a worker that runs again the script which started it, see `process_photos`
             sys.exit(1)
         other_end.close()  # only the worker holds it now, so that its death ends the pipe
         self.ready, self.tasks = False, deque()
@@ -838,7 +838,7 @@ class Worker:
         self.pipe.close()
 
 
-def look_at(tasks, workers):
+def process_photos(tasks, workers):
     """Yield what `process_photo` returns for all tasks, in the order in which they finish.
 
     A photo whose worker dies, or is ended after `MAX_SECONDS`, is tried once more, after all others; if that
@@ -898,8 +898,8 @@ def look_at(tasks, workers):
 def run_parallel(tasks, crops, workers, places):
     """Look at photos, write their crops, and yield their rows, some at a time, once the disk holds the crops.
 
-    Parameters and errors are those of `look_at`, and OSError where a crop cannot be written. A crop that
-    `find_crops` has found in another class, where somebody moved it, stays there.
+    Parameters and errors are those of `process_photos`, and OSError where a crop cannot be written. A crop
+    that `find_crops` has found in another class, where somebody moved it, stays there.
     """
     def save(row, jpeg):
         if jpeg:
@@ -908,7 +908,7 @@ def run_parallel(tasks, crops, workers, places):
         return row
 
     # flushing takes longer than writing: the disk does it while the workers look at the next photos
-    with contextlib.closing(look_at(tasks, workers)) as answers, ThreadPoolExecutor(4) as disk:
+    with contextlib.closing(process_photos(tasks, workers)) as answers, ThreadPoolExecutor(4) as disk:
         under_way = (disk.submit(save, *answer) for answer in answers)
         while some := list(itertools.islice(under_way, BATCH)):
             rows = [one.result() for one in some]
@@ -1088,14 +1088,15 @@ def is_name(text):
     return text not in ("", "..") and Path(text).name == text
 
 
-def home(row):
+def photo_class(row):
     """The class folder in which a row's photo lies; its crop may have been moved to another by hand."""
     return composed(row["source"].split("/")[0])
 
 
 def is_ours(row):
     """Whether this script made a row's crop, and may remove it: a manifest may come from anywhere."""
-    return is_name(row["class"]) and is_name(row["crop"]) and row["crop"] == crop_name(home(row), row["sha1"])
+    names = is_name(row["class"]) and is_name(row["crop"])
+    return names and row["crop"] == crop_name(photo_class(row), row["sha1"])
 
 
 def find_crops(crops):
@@ -1109,7 +1110,7 @@ def find_crops(crops):
 def place_of(row, places):
     """The class folder of a row's crop, its photo's or one to which a hand moved it; "" without a crop."""
     folders = places.get(row["crop"], ())
-    return home(row) if home(row) in folders else min(folders, default="")
+    return photo_class(row) if photo_class(row) in folders else min(folders, default="")
 
 
 def needs_heif(row, photos):
@@ -1274,7 +1275,7 @@ def finish(crops, before, final, places):
         (crops / label / name).unlink(missing_ok=True)
     had = {row["crop"] for row in before if row["status"] == "ok" and is_ours(row)}
     back = [row["source"] for row in ok if row["crop"] in had and not places.get(row["crop"])]
-    moved = [row["source"] for row in ok if row["class"] != home(row)]
+    moved = [row["source"] for row in ok if row["class"] != photo_class(row)]
     notes = [text.format(n=len(some), one=sorted(some)[0]) for text, some in (
         ("{n} crops removed, such as {one}: their photos are gone, have changed, or lie in two classes",
          removed),

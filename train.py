@@ -763,7 +763,7 @@ class Curves:
             warnings.simplefilter("ignore")  # torch calls tracing deprecated
             self.writer.add_graph(net.eval(), sample[:1])
 
-    def epoch(self, scores, rate, matrix, logits, judged):
+    def add_epoch(self, scores, rate, matrix, logits, judged):
         """Write an epoch's curves.
 
         Parameters
@@ -869,11 +869,11 @@ class Run:
         # copies: a state_dict refers to the tensors that training changes
         model = copy.deepcopy(learner.net.state_dict())
         average = copy.deepcopy(learner.average.state_dict()) if learner.average else None
-        judged = model
+        weights = model
         if average:
-            judged = {key[7:]: value for key, value in average.items() if key.startswith("module.")}
+            weights = {key[7:]: value for key, value in average.items() if key.startswith("module.")}
         self.state = {
-            "kept": judged if keep else self.state["kept"],  # for model.pt
+            "kept": weights if keep else self.state["kept"],  # for model.pt
             "calibration": calibrate(logits, labels) if keep else self.state["calibration"],
             "model": model, "average": average,
             "optimizer": copy.deepcopy(learner.optimizer.state_dict()["state"]),  # the momentum
@@ -1024,13 +1024,13 @@ class Learner:
     steps : int
         Batches of an epoch.
     device : torch.device
-    share : int
+    batch_size : int
         Images of a batch that this process takes.
     weights : path-like, optional
         File to start from.
     """
 
-    def __init__(self, args, classes, counts, steps, device, share, weights=None):
+    def __init__(self, args, classes, counts, steps, device, batch_size, weights=None):
         torch.manual_seed(args.seed)
         self.net = make_net(classes, weights).to(device)
         if args.amp:
@@ -1049,9 +1049,9 @@ class Learner:
         self.augment = functools.partial(
             augment, crop=args.crop, shift=args.shift, flip=args.flip, rotate=args.rotate, colour=args.colour,
             grey=args.grey)
-        self.batch_size, self.freeze_norm, self.amp = share, args.freeze_norm, args.amp
+        self.batch_size, self.freeze_norm, self.amp = batch_size, args.freeze_norm, args.amp
 
-    def epoch(self, images, labels, generator):
+    def train_epoch(self, images, labels, generator):
         """One pass over the training set; see `train_epoch`."""
         return train_epoch(
             self.model, images, labels, self.optimizer, self.scheduler, self.batch_size, generator,
@@ -1065,10 +1065,10 @@ def train(args):
     start = time.perf_counter()
     data = load_data(args.data, rank, world)
     images, labels, val_images, val_labels = (tensor.to(device) for tensor in data[1:5])
-    share = args.batch_size // world
-    steps = math.ceil(len(images) / share)
+    batch_size = args.batch_size // world
+    steps = math.ceil(len(images) / batch_size)
     weights = None if state else args.weights  # whose file need no longer be there
-    learner = Learner(args, data.classes, data.counts, steps, device, share, weights)
+    learner = Learner(args, data.classes, data.counts, steps, device, batch_size, weights)
     run = Run(args, data)
     if state:
         resume(run, state, learner, args)
@@ -1089,7 +1089,7 @@ def train(args):
             # seeded by epoch and rank, so that a resumed run draws what an undisturbed one would have
             generator = torch.Generator(device).manual_seed((args.seed * 100_003 + epoch) * 4_099 + rank)
             rate, began = learner.optimizer.param_groups[0]["lr"], time.perf_counter()
-            train_loss, train_acc = learner.epoch(images, labels, generator)
+            train_loss, train_acc = learner.train_epoch(images, labels, generator)
             trained = time.perf_counter()
             for buffer in judged.buffers() if world > 1 else ():
                 dist.broadcast(buffer, 0)  # batch norm's statistics: the first process's are judged and saved
@@ -1105,7 +1105,7 @@ def train(args):
                     better = run.record(scores, learner, logits, val_labels)
                     tqdm.write(epoch_line(scores, args.epochs, data.sizes, times, better), file=sys.stdout)
                     sys.stdout.flush()  # line by line into files and pipes, too
-                    curves.epoch(scores, rate, matrix, logits, judged)
+                    curves.add_epoch(scores, rate, matrix, logits, judged)
     finally:
         bar.close()
         if rank == 0:
@@ -1182,12 +1182,12 @@ def leave_some_out(args, folds=5):
     large, small = (load_images(paths, size, args.data).to(device) for size in (IMAGE_SIZE, CROP_SIZE))
     fold = torch.arange(n, device=device) % folds  # class by class, so each fold has its share of each
     for k in tqdm(range(folds), desc="leaving some out", unit="fold", leave=False, disable=None):
-        rest = fold != k
-        counts = torch.bincount(labels[rest], minlength=len(classes))
+        seen = fold != k
+        counts = torch.bincount(labels[seen], minlength=len(classes))
         learner = Learner(args, classes, counts, steps, device, args.batch_size, args.weights)
         for epoch in range(args.epochs):
-            learner.epoch(large[rest], labels[rest], torch.Generator(device).manual_seed(epoch))
-        hits += int(evaluate(learner.judged, small[~rest], labels[~rest])[1].trace())
+            learner.train_epoch(large[seen], labels[seen], torch.Generator(device).manual_seed(epoch))
+        hits += int(evaluate(learner.judged, small[~seen], labels[~seen])[1].trace())
     return hits / n, n
 
 
@@ -1368,8 +1368,8 @@ def report(args, run, few):
     if n < 100:
         print(f"one validation image more or less is {1 / n:.1%}: of so few, these figures say little")
     if few:
-        share, n = few
-        print(f"trained on four fifths of all {n} images in turns, it names {share:.1%} of the rest rightly")
+        right, n = few
+        print(f"trained on four fifths of all {n} images in turns, it names {right:.1%} of the rest rightly")
     print(f"weights in {args.models / 'model.pt'}, the rest in {args.models / 'model.json'}; "
           f"curves: tensorboard --logdir {args.logs}")
 

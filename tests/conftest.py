@@ -53,12 +53,12 @@ def without_workers(cropper):
     """Within, photos are looked at in this process: that saves the second which a worker takes to begin."""
     import preprocess_lips
 
-    def look_at(tasks, workers):
+    def process_photos(tasks, workers):
         for task in tasks:
             yield preprocess_lips.process_photo(cropper, *task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess_lips, "look_at", look_at)
+        patch.setattr(preprocess_lips, "process_photos", process_photos)
         yield
 
 
