@@ -11,6 +11,7 @@ replaces just that and touches no other file.
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import re
@@ -143,7 +144,19 @@ def similar_pairs(images):
         yield (pairs[pairs[:, 0] < pairs[:, 1]] + start).tolist()
 
 
-def agreement(a, b):
+def templates(image):
+    """The lips of a miniature in five sizes: list of (uint8 array, scale, its first row and column)."""
+    top, bottom, left, right = LIPS
+    found = []
+    for side in (54, 59, 64, 69, 74):
+        scale = side / 64
+        scaled = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+        y0, y1, x0, x1 = (round(edge * scale) for edge in (top + 3, bottom - 3, left + 3, right - 3))
+        found.append((scaled[y0:y1, x0:x1].copy(), scale, y0, x0))
+    return found
+
+
+def agreement(a, templates_of_a, b):
     """How well the lips of a miniature correlate with another one, laid over each other as well as can be.
 
     They are shifted and scaled first, then bent by an affine map (Evangelidis and Psarakis 2008, "Parametric
@@ -151,19 +164,15 @@ def agreement(a, b):
     count: it may be cut off in one of the photos.
     """
     top, bottom, left, right = LIPS
-    lips = np.float32(a[top:bottom, left:right])
     best, warp = -1.0, None
-    for side in (54, 59, 64, 69, 74):
-        scale = side / 64
-        scaled = cv2.resize(a, (side, side), interpolation=cv2.INTER_AREA)
-        y0, y1, x0, x1 = (round(edge * scale) for edge in (top + 3, bottom - 3, left + 3, right - 3))
-        found = cv2.matchTemplate(b, scaled[y0:y1, x0:x1], cv2.TM_CCOEFF_NORMED)
-        _, correlation, _, (x, y) = cv2.minMaxLoc(found)
+    for template, scale, y0, x0 in templates_of_a:
+        _, correlation, _, (x, y) = cv2.minMaxLoc(cv2.matchTemplate(b, template, cv2.TM_CCOEFF_NORMED))
         if correlation > best:
             best = correlation
             warp = np.float32([[scale, 0, x - x0 + left * scale], [0, scale, y - y0 + top * scale]])
     if best < ALIGNABLE:
         return best
+    lips = np.float32(a[top:bottom, left:right])
     stop = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 40, 1e-3)
     try:
         return max(best, cv2.findTransformECC(lips, np.float32(b), warp, cv2.MOTION_AFFINE, stop, None, 3)[0])
@@ -193,9 +202,11 @@ def find_copies(crops):
             return []
         files, looks = list(images), list(images.values())
 
+        # an image is compared with many; of a hundred thousand not all fit into memory
+        lips = functools.lru_cache(20_000)(lambda i: templates(looks[i]))
+
         def one_moment(pair):
-            a, b = (looks[i] for i in pair)
-            return agreement(a, b) >= SAME_MOUTH or agreement(b, a) >= SAME_MOUTH
+            return any(agreement(looks[i], lips(i), looks[j]) >= SAME_MOUTH for i, j in (pair, pair[::-1]))
 
         near = defaultdict(list)
         for likely in similar_pairs(np.stack(looks)):
