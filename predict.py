@@ -655,7 +655,9 @@ def evaluate_folder(folder, model, crops):
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    files = [(file, path) for file, path in list_inputs([folder]) if len(path.parts) > 1]
+    no_classes = set(NO_CLASSES) - set(model.classes)  # what --sort could not place
+    files = [(file, path) for file, path in list_inputs([folder])
+             if len(path.parts) > 1 and path.parts[0] not in no_classes]
     if not files:
         raise FileNotFoundError(f"{folder}: no photos in class folders")
     unknown = sorted({path.parts[0] for _, path in files} - set(model.classes))
@@ -717,10 +719,11 @@ def print_evaluation(args, model):
     """Score the model on the folder of --evaluate and print it; with --save draw what it contradicts."""
     scores, against = evaluate_folder(args.evaluate, model, args.crops)
     print(json_line(scores) if args.json else evaluation_text(scores))
-    if args.save and against:
-        sheet = args.save / "contradictions.jpg"
-        save_jpeg(contradictions_sheet(against), sheet)
-        text = printable(f"the mouths that the model contradicts: {sheet}")
+    if args.save:
+        text, sheet = "the model contradicts no folder, so nothing is saved", args.save / "contradictions.jpg"
+        if against:
+            save_jpeg(contradictions_sheet(against), sheet)
+            text = printable(f"the mouths that the model contradicts: {sheet}")
         print(text, file=sys.stderr if args.json else sys.stdout)
 
 
@@ -833,7 +836,7 @@ def print_sorted(args, model, counts, before, unreadable):
         rows = [[printable(name), counts[name]] for name in (*model.classes, *NO_CLASSES)]
         print(text_table(["folder", "photos"], rows, "left"))
     done = f"{counts.total()} photos {'linked' if args.link else 'copied'} to {args.sort}"
-    done += f", {before} left where they are since they were sorted before" if before else ""
+    done += f", {before} left alone since they were sorted before" if before else ""
     done += f", {unreadable} left out since they cannot be read" if unreadable else ""
     script = "split_train_val.py" if args.crops else "preprocess_lips.py"
     print(printable(done))

@@ -1277,11 +1277,11 @@ def finish(crops, before, final, places):
     back = [row["source"] for row in ok if row["crop"] in had and not places.get(row["crop"])]
     moved = [row["source"] for row in ok if row["class"] != photo_class(row)]
     notes = [text.format(n=len(some), one=sorted(some)[0]) for text, some in (
-        ("{n} crops removed, such as {one}: their photos are gone, have changed, or lie in two classes",
+        ("crops removed: {n}, such as {one}; their photos are gone, have changed, or lie in two classes",
          removed),
-        ("{n} crops that somebody had removed are there again, such as that of {one}; "
+        ("crops that somebody had removed and are there again: {n}, such as that of {one}; "
          "to leave one out, remove its photo", back),
-        ("{n} crops lie in another class than their photos, such as that of {one}, and count there", moved),
+        ("crops in another class than their photos, which count there: {n}, such as that of {one}", moved),
     ) if some]
     write_csv(crops / MANIFEST, COLUMNS, final)
     for path in crops.glob(f"{JOURNAL}*"):
@@ -1398,9 +1398,15 @@ def report(photos, rows):
     loose = sum(path.is_file() and not is_hidden(path.name) for path in photos.iterdir())
     if loose:
         print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
+    twice = sorted(row["source"] for row in rows if row["status"] == "conflict")
+    if twice:
+        print(printable(f"in two classes, and so used in neither: {len(twice)} photos, such as {twice[0]}; "
+                        "all folders here are classes, so keep those of another task elsewhere"))
     classes = {row["class"] for row in rows}
+    for name in sorted(classes - {row["class"] for row in rows if row["status"] == "ok"}):
+        print(printable(f"{name}: none of its photos gave a mouth, so there is no such class"))
     for folder in sorted(photos.iterdir()):
-        if folder.is_dir() and folder.name in NO_CLASSES:
+        if folder.is_dir() and folder.name in NO_CLASSES and any(folder.iterdir()):
             print(printable(f"{folder}: no class; move photos from there to the classes, or leave them"))
     for folder in class_folders(photos):
         if composed(folder.name) not in classes:

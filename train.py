@@ -1369,7 +1369,9 @@ def report(args, run, few):
         print(f"one validation image more or less is {1 / n:.1%}: of so few, these figures say little")
     if few:
         right, n = few
-        print(f"trained on four fifths of all {n} images in turns, it names {right:.1%} of the rest rightly")
+        likely = (right * n + 2) / (n + 4)  # the interval of 95 % of Agresti and Coull 1998
+        print(f"trained on four fifths of all {n} images in turns, it names {right:.1%} of the rest rightly, "
+              f"give or take {2 * math.sqrt(likely * (1 - likely) / (n + 4)):.0%}")
     print(f"weights in {args.models / 'model.pt'}, the rest in {args.models / 'model.json'}; "
           f"curves: tensorboard --logdir {args.logs}")
 

@@ -220,7 +220,7 @@ def test_sorting_again_adds_what_is_new_and_leaves_what_was_moved(inside, model,
     shutil.copy(crawled / "smile" / "Google_0000.png", crawled / "new.png")
     out = inside(*command).stdout
     second = tree(sorted_)
-    assert "1 photos" in out and "7 left where they are" in out
+    assert "1 photos" in out and "7 left alone" in out
     assert len(second) == 7 and first.keys() - second.keys() == {gone, moved} and "9other/x.png" in second
     assert [name for name in second.keys() - first.keys() if name.endswith("_new.png")]
 
@@ -347,6 +347,18 @@ def test_evaluate_prints_a_table_or_one_object(inside, model, photos, tmp_path):
         assert sheet.width == 900
     assert scores["images"] == 24 and scores["skipped"] == 1 and len(scores["confusion"]) == 3
     assert scores["classes"]["0none"]["images"] == 12
+
+
+def test_evaluate_leaves_out_what_sort_could_not_place_and_says_when_nothing_is_contradicted(
+    inside, model, photos, tmp_path
+):
+    one = json.loads(inside("predict.py", "data/raw", "--json").stdout.splitlines()[0])
+    for folder in (one["label"], "unsure", "no_face"):
+        (tmp_path / "sorted" / folder).mkdir(parents=True)
+        shutil.copy(tmp_path / one["source"], tmp_path / "sorted" / folder)
+    out = inside("predict.py", "--evaluate", "sorted", "--save", "seen").stdout
+    assert "on 1 images" in out and "contradicts no folder, so nothing is saved" in out
+    assert not (tmp_path / "seen").exists()
 
 
 def test_errors_name_the_way_out(inside, model, photos, tmp_path):
