@@ -61,6 +61,7 @@ from preprocess_lips import (
     LipCropper,
     command_line,
     cores,
+    font_hint,
     is_hidden,
     label_font,
     locked,
@@ -1209,6 +1210,8 @@ def print_model(args, model):
     if not args.model:
         what = ", which come with the project" if model.path == PRETRAINED else ""
         print(printable(f"weights: {model.path}{what}"), file=sys.stderr if args.json else sys.stdout)
+    if args.save and (hint := font_hint(model.classes)):
+        print(printable(hint), file=sys.stderr)
     if not model.about:
         names = ", ".join(model.classes)
         text = f"{model.path.with_suffix('.json')} is missing: the classes are called {names}"

@@ -1313,6 +1313,13 @@ def label_font(text, size):
     return font, text.encode("latin-1", "replace").decode("latin-1")
 
 
+def font_hint(names):
+    """What to say where pictures cannot show some of these names, a line; empty where they can."""
+    lacking = [name for name in names if label_font(name, 18)[1] != name]
+    return (f"pictures show ? for letters of {', '.join(lacking)}, which no font here has; "
+            "on Debian: apt install fonts-wqy-microhei") if lacking else ""
+
+
 def contact_sheet(crops, rows, columns=14, side=90):
     """One picture with two rows of crops a class, evenly spread over it, and the names of their photos."""
     by_class = {}
@@ -1460,6 +1467,7 @@ def main(argv=None):
                   "without RANK and WORLD_SIZE gathers them")
             return
         report(photos, rows)
+        notes += filter(None, [font_hint(sorted({row["class"] for row in rows}))])
         print(*map(printable, notes), f"{done}, {len(rows) - new} known from before", sep="\n")
         if not any(row["status"] == "ok" for row in rows):
             raise ValueError(f"{photos}: not one photo gave a mouth; {crops / MANIFEST} says why")

@@ -620,6 +620,20 @@ def test_a_class_whose_photos_all_lie_in_another_one_too_is_named(few, tmp_path,
 
 
 @no_workers
+def test_without_a_font_for_a_class_name_a_line_says_what_to_install(few, tmp_path, monkeypatch, capsys):
+    def none_there(font, *more, **others):
+        if isinstance(font, str):  # a file of the system; Pillow's own font is there
+            raise OSError
+        return found(font, *more, **others)
+
+    (few / "2smile").rename(few / "露齿")
+    found = preprocess_lips.ImageFont.truetype
+    monkeypatch.setattr(preprocess_lips.ImageFont, "truetype", none_there)
+    main([str(few), str(tmp_path / "crops"), "--workers", "1"])
+    assert "pictures show ? for letters of 露齿, which no font here has" in capsys.readouterr().out
+
+
+@no_workers
 def test_a_crop_moved_by_hand_stays_there_and_is_not_doubled(few, tmp_path, capsys):
     crops, args = tmp_path / "crops", ["--workers", "1"]
     main([str(few), str(crops), *args])
