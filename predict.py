@@ -721,11 +721,12 @@ def print_evaluation(args, model):
     scores, against = evaluate_folder(args.evaluate, model, args.crops)
     print(json_line(scores) if args.json else evaluation_text(scores))
     if args.save:
-        text, sheet = "the model contradicts no folder, so nothing is saved", args.save / "contradictions.jpg"
+        text = "the model contradicts no folder, so nothing is saved"
         if against:
+            sheet = args.save / "contradictions.jpg"
             save_jpeg(contradictions_sheet(against), sheet)
-            text = printable(f"the mouths that the model contradicts: {sheet}")
-        print(text, file=sys.stderr if args.json else sys.stdout)
+            text = f"the mouths that the model contradicts: {sheet}"
+        print(printable(text), file=sys.stderr if args.json else sys.stdout)
 
 
 # --- sorting

@@ -1411,13 +1411,15 @@ def report(photos, rows):
                         "all folders here are classes, so keep those of another task elsewhere"))
     classes = {row["class"] for row in rows}
     for name in sorted(classes - {row["class"] for row in rows if row["status"] == "ok"}):
-        print(printable(f"{name}: none of its photos gave a mouth, so there is no such class"))
+        print(printable(f"{name}: none of its photos is used, so there is no such class"))
     for folder in sorted(photos.iterdir()):
         if folder.is_dir() and folder.name in NO_CLASSES and any(folder.iterdir()):
             print(printable(f"{folder}: no class; move photos from there to the classes, or leave them"))
     for folder in class_folders(photos):
         if composed(folder.name) not in classes:
             print(printable(f"{folder}: empty, so there is no class of this name"))
+    if hint := font_hint(sorted(classes)):
+        print(printable(hint))
     heic = 0 if pillow_heif else sum(needs_heif(row, photos) for row in rows)
     if heic:
         print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' "
@@ -1467,7 +1469,6 @@ def main(argv=None):
                   "without RANK and WORLD_SIZE gathers them")
             return
         report(photos, rows)
-        notes += filter(None, [font_hint(sorted({row["class"] for row in rows}))])
         print(*map(printable, notes), f"{done}, {len(rows) - new} known from before", sep="\n")
         if not any(row["status"] == "ok" for row in rows):
             raise ValueError(f"{photos}: not one photo gave a mouth; {crops / MANIFEST} says why")

@@ -202,7 +202,7 @@ def find_copies(crops):
             return []
         files, looks = list(images), list(images.values())
 
-        # an image is compared with many; of a hundred thousand not all fit into memory
+        # an image is compared with many; those of a hundred thousand would take half a GB
         lips = functools.lru_cache(20_000)(lambda i: templates(looks[i]))
 
         def one_moment(pair):

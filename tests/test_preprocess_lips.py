@@ -615,7 +615,7 @@ def test_a_class_whose_photos_all_lie_in_another_one_too_is_named(few, tmp_path,
     (few / "unsure").mkdir()  # what predict.py --sort leaves, without a photo: not worth a word
     main([str(few), str(tmp_path / "crops"), "--workers", "1"])
     out = capsys.readouterr().out
-    assert "teeth: none of its photos gave a mouth, so there is no such class" in out
+    assert "teeth: none of its photos is used, so there is no such class" in out
     assert "used in neither: 6 photos, such as 2smile/" in out and "unsure" not in out
 
 

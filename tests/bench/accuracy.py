@@ -192,24 +192,23 @@ def main():
         paths = [sources.get(file[1:], "/".join(file[1:])) for file in files]
         groups = [group_of(path, re.compile(args.group)) for path in paths] if args.group else paths
         fold = make_folds(labels, groups, args.folds, args.seed)
-        made = [bool(re.search(r"\.(copy|pout)\d+\.", path)) for path in paths]
-        folds = [[None if one and k == j else k == j for j, one in zip(fold, made)]
-                 for k in range(args.folds)]
+        made = np.array([bool(re.search(r"\.(copy|pout)\d+\.", path)) for path in paths])
+        folds = [np.where(made & (fold == k), None, fold == k) for k in range(args.folds)]
         print(f"{len(files)} crops of {len(classes)} classes, {len(set(groups))} groups, {args.folds} folds")
     for recipe in args.recipes:
-        accuracy, balanced, seconds, logits, truths, total = [], [], [], [], [], 0
+        accuracy, balanced, seconds, logits, truths = [], [], [], [], []
         for held_out in folds[:args.first]:
             with tempfile.TemporaryDirectory() as folder:
                 lay_out(files, held_out, folder)
                 out, truth, time_taken = one_fold(recipe, Path(folder), more)
             matrix = train.confusion_matrix(out.argmax(1), truth, len(classes))
             accuracy.append(float(matrix.trace() / matrix.sum()))
-            total = total + matrix
             balanced.append(float((matrix.diagonal() / matrix.sum(1)).mean()))
             seconds.append(time_taken)
             logits.append(out)
             truths.append(truth)
-        error = train.calibration_error(torch.cat(logits).softmax(1), torch.cat(truths))
+        logits, truths = torch.cat(logits), torch.cat(truths)
+        error = train.calibration_error(logits.softmax(1), truths)
         spread = np.std(accuracy, ddof=len(accuracy) > 1)
         print(
             f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {spread:.2%}   "
@@ -217,8 +216,10 @@ def main():
             f"{np.mean(seconds):.1f} s a fold",
             flush=True,
         )
+        total = train.confusion_matrix(logits.argmax(1), truths, len(classes))
         for name, row in zip(classes, total.int().tolist()):
             print(f"  {name:14}" + "".join(f"{n:7}" for n in row))
+
 
 if __name__ == "__main__":
     main()
