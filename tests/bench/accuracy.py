@@ -10,7 +10,8 @@ CROPS holds class folders; with a manifest.csv of preprocess_lips.py in it, the 
 photos' names, and what data/faces/prepare.py made of photos (copies, warped mouths) is only trained on, not
 tested. "torchvision" is the textbook's own loop over torchvision's transforms, "strong:25" the
 strong recipe with 25 epochs. The calibration error is that of the predictions on all folds together,
-without a temperature. --few takes so many crops of each class to train and 300 others to test, five draws.
+without a temperature. With --looks data/faces/labels.csv the mouths on whose class two looks agree count
+once more by themselves. --few takes so many crops of each class to train and 300 others to test, five draws.
 Other flags go to train.py.
 """
 
@@ -86,6 +87,16 @@ def lay_out(files, held_out, folder):
             target = Path(folder) / ("val" if test else "train") / label
             target.mkdir(parents=True, exist_ok=True)
             os.symlink((place / label / name).resolve(), target / name)
+
+
+def print_matrix(title, logits, truths, classes):
+    """Share named rightly, calibration error, and the confusion matrix: rows are true, columns named."""
+    matrix = train.confusion_matrix(logits.argmax(1), truths, len(classes))
+    recall = matrix.diagonal() / matrix.sum(1)
+    error = train.calibration_error(logits.softmax(1), truths)
+    print(f"  {title}: {matrix.trace() / matrix.sum():.2%} of {len(truths):,}, calibration error {error:.1%}")
+    for name, row, share in zip(classes, matrix.int().tolist(), recall.tolist()):
+        print(f"    {name:14}" + "".join(f"{n:7}" for n in row) + f"{share:9.1%}")
 
 
 def few_photos(files, recipes, sizes, draws, tested, more):
@@ -164,6 +175,7 @@ def main():
         "--seed", type=int, default=1, metavar="N", help="of the folds (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument("--looks", type=Path, metavar="CSV", help="table with the columns photo and looks")
     parser.add_argument("--few", type=int, nargs="+", metavar="N", help="numbers of training crops a class")
     parser.add_argument("--plot", type=Path, metavar="SVG", help="a picture of what --few gives")
     parser.add_argument("--draws", type=int, default=5, metavar="N", help="(default: %(default)s)")
@@ -195,8 +207,10 @@ def main():
         made = np.array([bool(re.search(r"\.(copy|pout)\d+\.", path)) for path in paths])
         folds = [np.where(made & (fold == k), None, fold == k) for k in range(args.folds)]
         print(f"{len(files)} crops of {len(classes)} classes, {len(set(groups))} groups, {args.folds} folds")
+        looks = {row["photo"]: row["looks"] for row in read_csv(args.looks)} if args.looks else {}
+        agreed = {file[1:] for file, path in zip(files, paths) if looks.get(Path(path).name) == "2"}
     for recipe in args.recipes:
-        accuracy, balanced, seconds, logits, truths = [], [], [], [], []
+        accuracy, balanced, seconds, logits, truths, tested = [], [], [], [], [], []
         for held_out in folds[:args.first]:
             with tempfile.TemporaryDirectory() as folder:
                 lay_out(files, held_out, folder)
@@ -207,18 +221,18 @@ def main():
             seconds.append(time_taken)
             logits.append(out)
             truths.append(truth)
+            tested += sorted(file[1:] for file, test in zip(files, held_out) if test)  # as ImageFolder sorts
         logits, truths = torch.cat(logits), torch.cat(truths)
-        error = train.calibration_error(logits.softmax(1), truths)
         spread = np.std(accuracy, ddof=len(accuracy) > 1)
         print(
             f"{recipe:12} accuracy {np.mean(accuracy):.2%} ± {spread:.2%}   "
-            f"balanced {np.mean(balanced):.2%}   calibration error {error:.1%}   "
-            f"{np.mean(seconds):.1f} s a fold",
+            f"balanced {np.mean(balanced):.2%}   {np.mean(seconds):.1f} s a fold",
             flush=True,
         )
-        total = train.confusion_matrix(logits.argmax(1), truths, len(classes))
-        for name, row in zip(classes, total.int().tolist()):
-            print(f"  {name:14}" + "".join(f"{n:7}" for n in row))
+        print_matrix("all folds", logits, truths, classes)
+        if args.looks and not args.test:
+            two = torch.tensor([file in agreed for file in tested])
+            print_matrix("of those on which two looks agree", logits[two], truths[two], classes)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def main():
         labels = list(csv.DictReader(file))
     seen = {person(row["photo"]) for row in labels if row["part"] == "train"}
     apart = [row for row in labels if row["part"] == "test" and row["sure"] == "1"]
-    paths = [args.data / "lips" / row["class"] / row["photo"] for row in apart]
+    crops = {path.name: path for path in (args.data / "lips").glob("*/*.jpg")}
+    paths = [crops[row["photo"]] for row in apart]
     truth = np.array([model.classes.index(row["class"]) for row in apart])
     rows = name_all(model, paths)
     files = sorted((args.data / "lips_undecided").glob("*.jpg"))

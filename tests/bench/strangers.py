@@ -3,9 +3,11 @@
     python tests/bench/strangers.py                        models/pretrained.pt on ../shared/data
     python tests/bench/strangers.py models/model.pt        other weights of the four classes
 
-Three sets: lips, the persons that data/faces/labels.csv keeps apart (those labels that are sure); mouths,
-the textbook's crops, in colour; tight_faces, in colour, cropped by preprocess_lips.py. The last two tell a
-smile from all else, so that is what is counted there.
+Three sets: lips, the persons that data/faces/labels.csv keeps apart (the sure labels, and among them those on
+which two looks agree); mouths, the textbook's crops, in colour; tight_faces, in colour, cropped by
+preprocess_lips.py. The labels of the last two tell a smile from all else, and draw the line elsewhere than
+labels.csv does. So they are counted by labels of its four classes as well, those of colour.csv, where two
+looks agree.
 """
 
 import argparse
@@ -34,29 +36,35 @@ def calibration_error(probabilities, right):
     return sum(abs((right - confidence)[place == i].sum()) for i in range(BINS)) / len(right)
 
 
+def read_table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def lips(data, part):
-    """Crops of the decided mouths of persons kept apart, and their classes."""
-    with open(ROOT / "data" / "faces" / "labels.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["part"] == part and row["sure"] == "1"]
-    crops = [read_photo(data / "lips" / row["class"] / row["photo"]) for row in rows]
-    return crops, [row["class"] for row in rows]
+    """Crops of the decided mouths of persons kept apart, and their rows of labels.csv."""
+    files = {path.name: path for path in (data / "lips").glob("*/*.jpg")}  # a few lie in their old class
+    rows = [row for row in read_table(ROOT / "data" / "faces" / "labels.csv")
+            if row["part"] == part and row["sure"] == "1"]
+    return [read_photo(files[row["photo"]]) for row in rows], rows
 
 
 def mouths(data):
-    """The textbook's crops, and which of them smile."""
+    """The textbook's crops, their names, and which of them smile by its labels."""
     paths = sorted((data / "mouths").glob("*/*.jpg"))
-    return [read_photo(path) for path in paths], [path.parent.name == "2smile" for path in paths]
+    return ([read_photo(path) for path in paths], [path.name for path in paths],
+            [path.parent.name == "2smile" for path in paths])
 
 
 def tight_faces(data):
-    """Crops of the faces in which one is found, and which of them smile."""
-    cropper, crops, smiles = LipCropper(), [], []
-    with open(data / "tight_faces" / "labels.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for face in cropper(read_photo(data / "tight_faces" / row["file"]), largest=True):
-                crops.append(face.crop)
-                smiles.append(row["smile"] == "1")
-    return crops, smiles
+    """Crops of the faces in which one is found, their names, and which of them smile by their labels."""
+    cropper, crops, names, smiles = LipCropper(), [], [], []
+    for row in read_table(data / "tight_faces" / "labels.csv"):
+        for face in cropper(read_photo(data / "tight_faces" / row["file"]), largest=True):
+            crops.append(face.crop)
+            names.append(row["file"])
+            smiles.append(row["smile"] == "1")
+    return crops, names, smiles
 
 
 def name(model, crops):
@@ -74,29 +82,32 @@ def main():
     model = load_model(args.model)
     classes = list(model.classes)
 
-    crops, truth = lips(args.data, args.part)
-    probabilities, labels = name(model, crops), np.array([classes.index(label) for label in truth])
-    named = probabilities.argmax(1)
-    matrix = np.zeros((len(classes), len(classes)), int)
-    np.add.at(matrix, (labels, named), 1)
-    recall = {label: matrix[i, i] / matrix[i].sum() for i, label in enumerate(classes) if matrix[i].sum()}
-    print(f"lips, {args.part} part: {matrix.trace():,} of {len(labels):,} right, "
-          f"{matrix.trace() / len(labels):.1%}; "
-          f"balanced over {', '.join(THREE)} {np.mean([recall[label] for label in THREE]):.1%}; "
-          f"calibration error {calibration_error(probabilities, named == labels):.1%}")
-    print(" " * 12 + "".join(f"{label:>12}" for label in classes) + "   (columns: named)")
-    for label, row in zip(classes, matrix):
-        print(f"{label:12}" + "".join(f"{n:12,}" for n in row))
-    pouting = classes.index("1pouting")
-    others = labels != pouting
-    print(f"pouting: {matrix[pouting, pouting]} of {matrix[pouting].sum()} named so, "
-          f"and {(named[others] == pouting).sum()} of {others.sum():,} others")
-    for title, (crops, smiles) in (("mouths", mouths(args.data)), ("tight_faces", tight_faces(args.data))):
-        smiles = np.array(smiles)
-        smiling = name(model, crops).argmax(1) == classes.index("2smile")
+    crops, rows = lips(args.data, args.part)
+    probabilities = name(model, crops)
+    labels, named = np.array([classes.index(row["class"]) for row in rows]), probabilities.argmax(1)
+    two = np.array([row["looks"] == "2" for row in rows])
+    for title, kept in ((f"lips, {args.part} part", labels >= 0), ("those on which two looks agree", two)):
+        matrix = np.zeros((len(classes), len(classes)), int)
+        np.add.at(matrix, (labels[kept], named[kept]), 1)
+        recall = {c: matrix[i, i] / matrix[i].sum() for i, c in enumerate(classes) if matrix[i].sum()}
+        error = calibration_error(probabilities[kept], (named == labels)[kept])
+        print(f"{title}: {matrix.trace():,} of {kept.sum():,} right, {matrix.trace() / kept.sum():.1%}; "
+              f"balanced over {', '.join(THREE)} {np.mean([recall[label] for label in THREE]):.1%}; "
+              f"calibration error {error:.1%}")
+        print(" " * 12 + "".join(f"{label:>12}" for label in classes) + "   (columns: named)")
+        for label, row in zip(classes, matrix):
+            print(f"{label:12}" + "".join(f"{n:12,}" for n in row))
+    table = read_table(Path(__file__).with_name("colour.csv"))
+    looks = {(row["set"], row["file"]): row["class"] for row in table}
+    for title, read in (("mouths", mouths), ("tight_faces", tight_faces)):
+        crops, names, smiles = read(args.data)
+        named = name(model, crops).argmax(1)
+        smiles, smiling = np.array(smiles), named == classes.index("2smile")
         found, false = smiling[smiles], smiling[~smiles]
-        print(f"{title}: {(smiling == smiles).mean():.1%} of {len(smiles)} right; named smiling "
+        print(f"{title}: smile or not {(smiling == smiles).mean():.1%} of {len(smiles)} right; named smiling "
               f"{found.sum()} of {len(found)} smiles and {false.sum()} of {len(false)} others")
+        right = [classes[n] == looks[title, file] for n, file in zip(named, names) if looks[title, file]]
+        print(f"{title}: {np.mean(right):.1%} of the {len(right)} on whose class two looks agree")
 
 
 if __name__ == "__main__":
