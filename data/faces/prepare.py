@@ -74,6 +74,11 @@ def make(photo, path, how, cropper):
         photo, copy or warped.
     cropper : callable
         Returns a `LipCropper`, which takes half a second to load.
+
+    Returns
+    -------
+    bytes or None
+        None where no closed mouth is found to warp.
     """
     data = photo.read_bytes()
     if how == "copy":
@@ -81,7 +86,7 @@ def make(photo, path, how, cropper):
     if how == "warped":
         warped = make_pout(read_photo(data), cropper(), f"{photo.name}{Path(path).stem[-1]}")
         if warped is None:
-            raise ValueError(f"{photo}: no closed mouth found to warp; is it the photo of the public clone?")
+            return None
         jpeg = io.BytesIO()
         Image.fromarray(warped).save(jpeg, "JPEG", quality=92)
         return jpeg.getvalue()
@@ -93,8 +98,9 @@ def prepare(clone, raw, part):
 
     Returns
     -------
-    (kinds, classes, known, missing) : Counter, Counter, int, list of str
-        Files by kind and by class, how many of them were there before, and photos that the clone lacks.
+    (kinds, classes, known, missing, stiff) : Counter, Counter, int, list of str, list of str
+        Files by kind and by class, how many of them were there before, photos that the clone lacks, and
+        photos in which no closed mouth is found to warp.
     """
     files = plan(part)
     images = clone / "images"
@@ -109,19 +115,23 @@ def prepare(clone, raw, part):
             loaded.append(LipCropper())
         return loaded[0]
 
-    counts, classes, known, missing = Counter(), Counter(), 0, set()
+    counts, classes, known, missing, stiff = Counter(), Counter(), 0, set(), []
     for path, photo, how in tqdm(files, unit="photo", leave=False, disable=None):
         if photo not in there:
             missing.add(photo)
             continue
-        counts[how] += 1
-        classes[path.split("/")[0]] += 1
         if (raw / path).is_file():
             known += 1
         else:
+            data = make(images / photo, path, how, cropper)
+            if data is None:
+                stiff.append(photo)
+                continue
             (raw / path).parent.mkdir(parents=True, exist_ok=True)
-            write_file(raw / path, make(images / photo, path, how, cropper))
-    return counts, classes, known, sorted(missing)
+            write_file(raw / path, data)
+        counts[how] += 1
+        classes[path.split("/")[0]] += 1
+    return counts, classes, known, sorted(missing), stiff
 
 
 def main(argv=None):
@@ -139,7 +149,7 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        counts, classes, known, missing = prepare(args.clone, args.raw, args.part)
+        counts, classes, known, missing, stiff = prepare(args.clone, args.raw, args.part)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what is done is kept; the same command goes on from there")
     except (OSError, ValueError) as error:
@@ -149,9 +159,11 @@ def main(argv=None):
     if counts["copy"] or counts["warped"]:
         print(f"of the pouting ones {counts['copy']:,} are copies of real ones and {counts['warped']:,} "
               "closed mouths, warped")
-    if missing:
-        print(f"{len(missing):,} photos are not in {args.clone / 'images'}: {', '.join(missing[:NAMED])}"
-              + (" ..." if len(missing) > NAMED else ""))
+    for photos, what in ((missing, f"are not in {args.clone / 'images'}"),
+                         (stiff, "show no closed mouth to warp")):
+        if photos:
+            more = " ..." if len(photos) > NAMED else ""
+            print(f"{len(photos):,} photos {what}: {', '.join(photos[:NAMED])}{more}")
 
 
 if __name__ == "__main__":
