@@ -1079,6 +1079,10 @@ def train(args):
               f"in {time.perf_counter() - start:.1f} s; on {device}"
               + (f", {world} processes" if world > 1 else "")
               + (f"; resuming after epoch {run.epoch} of {args.epochs}" if state else ""), flush=True)
+        known = load_model(weights).classes if weights else ()
+        lost = [name for name in known if name not in data.classes]
+        if 0 < len(lost) < len(known):
+            print(f"{weights} also names {printable(', '.join(lost))}; without images the new model does not")
         some = images[evenly(len(images), 64).to(device)]
         sample = learner.augment(some, torch.Generator(device).manual_seed(0))
         curves = Curves(run, learner.net, sample, val_images, val_labels)

@@ -465,6 +465,16 @@ def test_the_last_layers_weights_go_to_classes_of_the_same_name(tmp_path):
     assert torch.equal(new.fc1.weight, old.fc1.weight)
 
 
+@pytest.mark.parametrize("classes, lost", [(("bright", "dark", "grin"), ["grin"]), (("a", "b"), [])])
+def test_a_class_of_the_weights_without_images_is_pointed_out(run, tmp_path, capsys, classes, lost):
+    """Weights of another task, which share no class, are worth no word."""
+    old = simpleconv3(len(classes))
+    old.classes = classes
+    save_model(old, tmp_path / "old.pt")
+    run("--weights", "old.pt", "--epochs", 1)
+    assert re.findall(r"^old.pt also names (.*); without images", capsys.readouterr().out, re.M) == lost
+
+
 def test_of_a_few_images_some_are_left_out_in_turns(run, mouths, none_left_out, monkeypatch, capsys):
     monkeypatch.setattr(train, "FEW_STEPS", none_left_out)
     run("--epochs", 2, "--lr", 0.03)
