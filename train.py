@@ -1082,7 +1082,7 @@ def train(args):
         known = load_model(weights).classes if weights else ()
         lost = [name for name in known if name not in data.classes]
         if 0 < len(lost) < len(known):
-            print(f"{weights} also names {printable(', '.join(lost))}; without images the new model does not")
+            print(f"{weights} also names {printable(', '.join(lost))}; without images the new model will not")
         some = images[evenly(len(images), 64).to(device)]
         sample = learner.augment(some, torch.Generator(device).manual_seed(0))
         curves = Curves(run, learner.net, sample, val_images, val_labels)

@@ -78,7 +78,7 @@ def make(photo, path, how, cropper):
     Returns
     -------
     bytes or None
-        None where no closed mouth is found to warp.
+        None where none of the warps looks like a pout, or no mouth is found.
     """
     data = photo.read_bytes()
     if how == "copy":
@@ -100,7 +100,7 @@ def prepare(clone, raw, part):
     -------
     (kinds, classes, known, missing, stiff) : Counter, Counter, int, list of str, list of str
         Files by kind and by class, how many of them were there before, photos that the clone lacks, and
-        photos in which no closed mouth is found to warp.
+        photos of which no pout could be made.
     """
     files = plan(part)
     images = clone / "images"
@@ -115,7 +115,7 @@ def prepare(clone, raw, part):
             loaded.append(LipCropper())
         return loaded[0]
 
-    counts, classes, known, missing, stiff = Counter(), Counter(), 0, set(), []
+    counts, classes, known, missing, stiff = Counter(), Counter(), 0, set(), set()
     for path, photo, how in tqdm(files, unit="photo", leave=False, disable=None):
         if photo not in there:
             missing.add(photo)
@@ -125,13 +125,13 @@ def prepare(clone, raw, part):
         else:
             data = make(images / photo, path, how, cropper)
             if data is None:
-                stiff.append(photo)
+                stiff.add(photo)
                 continue
             (raw / path).parent.mkdir(parents=True, exist_ok=True)
             write_file(raw / path, data)
         counts[how] += 1
         classes[path.split("/")[0]] += 1
-    return counts, classes, known, sorted(missing), stiff
+    return counts, classes, known, sorted(missing), sorted(stiff)
 
 
 def main(argv=None):
@@ -143,8 +143,8 @@ def main(argv=None):
     parser.add_argument("raw", nargs="?", type=Path, default=HERE.parent / "raw",
                         help="where the class folders go (default: data/raw)")
     parser.add_argument("--part", choices=["train", "test", "all"], default="train",
-                        help="train: what the shipped weights learnt from; test: a tenth of the persons, "
-                             "whom they never saw (default: %(default)s)")
+                        help="test: a tenth of the persons, whom the shipped weights never saw; "
+                             "train: all others (default: %(default)s)")
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -160,7 +160,7 @@ def main(argv=None):
         print(f"of the pouting ones {counts['copy']:,} are copies of real ones and {counts['warped']:,} "
               "closed mouths, warped")
     for photos, what in ((missing, f"are not in {args.clone / 'images'}"),
-                         (stiff, "show no closed mouth to warp")):
+                         (stiff, "could not be warped to a pout")):
         if photos:
             more = " ..." if len(photos) > NAMED else ""
             print(f"{len(photos):,} photos {what}: {', '.join(photos[:NAMED])}{more}")

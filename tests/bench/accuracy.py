@@ -207,8 +207,9 @@ def main():
         made = np.array([bool(re.search(r"\.(copy|pout)\d+\.", path)) for path in paths])
         folds = [np.where(made & (fold == k), None, fold == k) for k in range(args.folds)]
         print(f"{len(files)} crops of {len(classes)} classes, {len(set(groups))} groups, {args.folds} folds")
-        looks = {row["photo"]: row["looks"] for row in read_csv(args.looks)} if args.looks else {}
-        agreed = {file[1:] for file, path in zip(files, paths) if looks.get(Path(path).name) == "2"}
+        table = read_csv(args.looks) if args.looks else []
+        two = {(row["class"], row["photo"]) for row in table if row["looks"] == "2"}
+        agreed = {file[1:] for file, path in zip(files, paths) if (file[1], Path(path).name) in two}
     for recipe in args.recipes:
         accuracy, balanced, seconds, logits, truths, tested = [], [], [], [], [], []
         for held_out in folds[:args.first]:
@@ -229,10 +230,10 @@ def main():
             f"balanced {np.mean(balanced):.2%}   {np.mean(seconds):.1f} s a fold",
             flush=True,
         )
-        print_matrix("all folds", logits, truths, classes)
+        print_matrix("all", logits, truths, classes)
         if args.looks and not args.test:
-            two = torch.tensor([file in agreed for file in tested])
-            print_matrix("of those on which two looks agree", logits[two], truths[two], classes)
+            kept = torch.tensor([file in agreed for file in tested])
+            print_matrix("those on which two looks agree", logits[kept], truths[kept], classes)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def main():
         found, false = smiling[smiles], smiling[~smiles]
         print(f"{title}: smile or not {(smiling == smiles).mean():.1%} of {len(smiles)} right; named smiling "
               f"{found.sum()} of {len(found)} smiles and {false.sum()} of {len(false)} others")
-        right = [classes[n] == looks[title, file] for n, file in zip(named, names) if looks[title, file]]
+        pairs = [(classes[n], looks.get((title, file))) for n, file in zip(named, names)]
+        right = [label == look for label, look in pairs if look]
         print(f"{title}: {np.mean(right):.1%} of the {len(right)} on whose class two looks agree")
 
 
