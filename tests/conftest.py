@@ -15,6 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "sample")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with batches as small as here a second thread only waits
 
 # crops that the sample's labels put in these classes, two persons each
 CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
