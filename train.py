@@ -988,21 +988,20 @@ def join_processes(device, batch_size):
     return rank, world, device
 
 
-def make_net(classes, weights=None):
-    """A network with random weights, or with those of a file.
+def make_net(classes, old=None):
+    """A network with random weights, or with those of another one.
 
     The last layer's weights are taken for classes of the same name; other classes begin at random.
 
     Parameters
     ----------
     classes : sequence of str
-    weights : path-like, optional
-        See `net.load_model`.
+    old : simpleconv3, optional
+        As `net.load_model` returns it.
     """
     net = simpleconv3(len(classes))
     net.classes = tuple(classes)
-    if weights:
-        old = load_model(weights)
+    if old:
         state = net.state_dict() | {k: v for k, v in old.state_dict().items() if not k.startswith("fc3.")}
         for i, name in enumerate(classes):
             if name in old.classes:
@@ -1026,13 +1025,13 @@ class Learner:
     device : torch.device
     batch_size : int
         Images of a batch that this process takes.
-    weights : path-like, optional
-        File to start from.
+    old : simpleconv3, optional
+        Network to start from.
     """
 
-    def __init__(self, args, classes, counts, steps, device, batch_size, weights=None):
+    def __init__(self, args, classes, counts, steps, device, batch_size, old=None):
         torch.manual_seed(args.seed)
-        self.net = make_net(classes, weights).to(device)
+        self.net = make_net(classes, old).to(device)
         if args.amp:
             self.net.to(memory_format=torch.channels_last)
         self.steps = steps
@@ -1067,8 +1066,8 @@ def train(args):
     images, labels, val_images, val_labels = (tensor.to(device) for tensor in data[1:5])
     batch_size = args.batch_size // world
     steps = math.ceil(len(images) / batch_size)
-    weights = None if state else args.weights  # whose file need no longer be there
-    learner = Learner(args, data.classes, data.counts, steps, device, batch_size, weights)
+    old = load_model(args.weights) if args.weights and not state else None  # resuming needs the file no more
+    learner = Learner(args, data.classes, data.counts, steps, device, batch_size, old)
     run = Run(args, data)
     if state:
         resume(run, state, learner, args)
@@ -1079,10 +1078,10 @@ def train(args):
               f"in {time.perf_counter() - start:.1f} s; on {device}"
               + (f", {world} processes" if world > 1 else "")
               + (f"; resuming after epoch {run.epoch} of {args.epochs}" if state else ""), flush=True)
-        known = load_model(weights).classes if weights else ()
-        lost = [name for name in known if name not in data.classes]
-        if 0 < len(lost) < len(known):
-            print(f"{weights} also names {printable(', '.join(lost))}; without images the new model will not")
+        lost = [name for name in old.classes if name not in data.classes] if old else []
+        if lost and len(lost) < len(old.classes):
+            print(printable(f"{args.weights} also names {', '.join(lost)}; "
+                            "without images the new model will not"))
         some = images[evenly(len(images), 64).to(device)]
         sample = learner.augment(some, torch.Generator(device).manual_seed(0))
         curves = Curves(run, learner.net, sample, val_images, val_labels)
@@ -1182,13 +1181,14 @@ def leave_some_out(args, folds=5):
         return None
     paths, labels = zip(*samples)
     device, hits = torch.device(args.device), 0
+    old = load_model(args.weights) if args.weights else None
     labels = torch.tensor(labels, device=device)
     large, small = (load_images(paths, size, args.data).to(device) for size in (IMAGE_SIZE, CROP_SIZE))
     fold = torch.arange(n, device=device) % folds  # class by class, so each fold has its share of each
     for k in tqdm(range(folds), desc="leaving some out", unit="fold", leave=False, disable=None):
         seen = fold != k
         counts = torch.bincount(labels[seen], minlength=len(classes))
-        learner = Learner(args, classes, counts, steps, device, args.batch_size, args.weights)
+        learner = Learner(args, classes, counts, steps, device, args.batch_size, old)
         for epoch in range(args.epochs):
             learner.train_epoch(large[seen], labels[seen], torch.Generator(device).manual_seed(epoch))
         hits += int(evaluate(learner.judged, small[~seen], labels[~seen])[1].trace())

@@ -458,7 +458,7 @@ def test_the_last_layers_weights_go_to_classes_of_the_same_name(tmp_path):
     old = simpleconv3(3)
     old.classes = ("a", "b", "c")
     save_model(old, tmp_path / "old.pt")
-    new = train.make_net(("c", "new", "a"), tmp_path / "old.pt")
+    new = train.make_net(("c", "new", "a"), load_model(tmp_path / "old.pt"))
     assert torch.equal(new.fc3.weight[[0, 2]], old.fc3.weight[[2, 0]])
     assert torch.equal(new.fc3.bias[[0, 2]], old.fc3.bias[[2, 0]])
     assert not any(torch.equal(new.fc3.weight[1], row) for row in old.fc3.weight)
