@@ -36,6 +36,8 @@ import train  # noqa: E402
 from preprocess_lips import MANIFEST, read_csv  # noqa: E402
 from split_train_val import group_of, list_crops  # noqa: E402
 
+OFTEN = 30  # images of a class; of fewer a recall says little
+
 
 def make_folds(labels, groups, k, seed):
     """Fold of every crop: groups whole, classes as even as the groups allow."""
@@ -89,14 +91,15 @@ def lay_out(files, held_out, folder):
             os.symlink((place / label / name).resolve(), target / name)
 
 
-def print_matrix(title, logits, truths, classes):
+def print_matrix(title, probabilities, truths, classes):
     """Share named rightly, calibration error, and the confusion matrix: rows are true, columns named."""
-    matrix = train.confusion_matrix(logits.argmax(1), truths, len(classes))
-    recall = matrix.diagonal() / matrix.sum(1)
-    error = train.calibration_error(logits.softmax(1), truths)
-    print(f"  {title}: {matrix.trace() / matrix.sum():.2%} of {len(truths):,}, calibration error {error:.1%}")
+    matrix = train.confusion_matrix(probabilities.argmax(1), truths, len(classes))
+    recall, often = matrix.diagonal() / matrix.sum(1), matrix.sum(1) >= OFTEN
+    error = train.calibration_error(probabilities, truths)
+    print(f"  {title}: {matrix.trace() / matrix.sum():.2%} of {len(truths):,}, balanced over classes of "
+          f"{OFTEN} and more {recall[often].mean():.2%}, calibration error {error:.1%}")
     for name, row, share in zip(classes, matrix.int().tolist(), recall.tolist()):
-        print(f"    {name:14}" + "".join(f"{n:7}" for n in row) + f"{share:9.1%}")
+        print(f"    {name:14}" + "".join(f"{n:7,}" for n in row) + f"{share:9.1%}")
 
 
 def few_photos(files, recipes, sizes, draws, tested, more):
@@ -230,10 +233,11 @@ def main():
             f"balanced {np.mean(balanced):.2%}   {np.mean(seconds):.1f} s a fold",
             flush=True,
         )
-        print_matrix("all", logits, truths, classes)
+        probabilities = logits.softmax(1)
+        print_matrix("all", probabilities, truths, classes)
         if args.looks and not args.test:
             kept = torch.tensor([file in agreed for file in tested])
-            print_matrix("those on which two looks agree", logits[kept], truths[kept], classes)
+            print_matrix("those on which two looks agree", probabilities[kept], truths[kept], classes)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ and what is in a wrong place.
 """
 
 import argparse
-import csv
 import re
 import sys
 from pathlib import Path
@@ -22,11 +21,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
 from preprocess_speed import faceless  # noqa: E402
+from strangers import lips, name  # noqa: E402
 
 from net import load_model, predict  # noqa: E402
-from preprocess_lips import LipCropper, read_photo  # noqa: E402
+from preprocess_lips import LipCropper, read_csv, read_photo  # noqa: E402
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 KEYWORDS = ("0none", "2smile", "3openmouth")
@@ -36,12 +35,6 @@ OTHERS, UNDECIDED, FACELESS = 0.3, 0.2, 0.1  # shares as above
 def person(name):
     """Of whom a photo is, by its name: Ann_Lee_0001.jpg."""
     return re.sub(r"_?\d+$", "", name.split(".")[0])
-
-
-def name_all(model, paths):
-    """Class probabilities of crops, array N x nclass."""
-    batches = (paths[i:i + 256] for i in range(0, len(paths), 256))
-    return torch.cat([predict(model, list(map(read_photo, batch))) for batch in batches]).numpy()
 
 
 def faceless_rows(model, data):
@@ -75,16 +68,13 @@ def main():
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", metavar="DIR")
     args = parser.parse_args()
     model = load_model(args.model)
-    with open(ROOT / "data" / "faces" / "labels.csv", newline="", encoding="utf-8") as file:
-        labels = list(csv.DictReader(file))
-    seen = {person(row["photo"]) for row in labels if row["part"] == "train"}
-    apart = [row for row in labels if row["part"] == "test" and row["sure"] == "1"]
-    crops = {path.name: path for path in (args.data / "lips").glob("*/*.jpg")}
-    paths = [crops[row["photo"]] for row in apart]
+    crops, apart = lips(args.data, "test")
+    rows = name(model, crops).numpy()
     truth = np.array([model.classes.index(row["class"]) for row in apart])
-    rows = name_all(model, paths)
+    seen = {person(row["photo"]) for row in read_csv(ROOT / "data" / "faces" / "labels.csv")
+            if row["part"] == "train"}
     files = sorted((args.data / "lips_undecided").glob("*.jpg"))
-    undecided = name_all(model, [path for path in files if person(path.name) not in seen])
+    undecided = name(model, [read_photo(path) for path in files if person(path.name) not in seen]).numpy()
     none = faceless_rows(model, args.data)
     print(f"{len(rows)} decided mouths, {len(undecided)} undecided ones, {none[0]} pictures without a face, "
           f"of which {len(none[1])} yield a mouth\n")
