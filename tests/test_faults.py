@@ -1151,9 +1151,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "fsync", fsync)
     write(path, b"newer")
     assert flushed[0] == (5, b"old")  # whole, before the rename
-    assert flushed[1:] == (
-        [("folder", b"newer")] if write != write_file and os.name == "posix" else []
-    )  # of crops, a folder at a time: below
+    assert flushed[1:] == ([("folder", b"newer")] if os.name == "posix" else [])
 
     def fail(handle):
         raise OSError(28, "No space left on device")

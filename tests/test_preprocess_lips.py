@@ -672,15 +672,50 @@ def test_a_crop_removed_by_hand_is_back_with_a_word_on_how_to_leave_it_out(few, 
     assert len(list(crops.glob("*/*.jpg"))) == 6
 
 
-def test_without_the_libraries_of_a_desktop_the_message_says_what_to_install(tmp_path):
+def test_opencv_and_dlib_are_loaded_where_faces_are_looked_for_and_its_message_says_what_to_install(
+    few, tmp_path
+):
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import preprocess_lips"
+    code = f"""if __name__ == "__main__":
+        import sys
+        sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
+        import preprocess_lips
+        for photo in {str(few / "0none" / "s01_1.png")!r}, {str(few / "2smile" / "s03_1.png")!r}:
+            assert preprocess_lips.read_photo(photo).shape == (112, 92, 3)
+        assert not {{"cv2", "dlib", "torch"}} & {{*sys.modules}}
+        preprocess_lips.main([{str(few)!r}, {str(tmp_path / "crops")!r}, "--workers", "1"])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         done.returncode == 1
-        and "libGL.so.1" in done.stderr
+        and done.stderr.splitlines()[-1].startswith("error: cv2 cannot be loaded (libGL.so.1")
         and "'apt-get install libgl1 libglib2.0-0'" in done.stderr
+        and "Traceback" not in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "900000000 100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_gets_as_many_workers_as_its_quota_of_cores(tmp_path, monkeypatch, files, limit):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(8)}, raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert preprocess_lips.cores(tmp_path) == (limit or 8)
+
+
+def test_names_are_printed_with_their_joiners_and_without_what_steers_a_terminal():
+    assert preprocess_lips.printable("می\u200cخواهم 👩\u200d🔬 笑") == "می\u200cخواهم 👩\u200d🔬 笑"
+    assert preprocess_lips.printable("a\x1b[2J\n\u202eb\udcff") == r"a\x1b[2J\n\u202eb\udcff"
 
 
 def test_errors_name_the_folder_and_the_way_out(shell, inside, tmp_path):
