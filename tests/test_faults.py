@@ -224,10 +224,10 @@ def decode(source, least=None):
     return REAL_DECODE(source, least)
 
 
-def write_slowly(path, data):
+def write_slowly(path, data, **more):
     if path.name == os.environ["SLOW_CROP"]:
         time.sleep(2.5)
-    write_file(path, data)
+    write_file(path, data, **more)
 
 
 def work(*args):
