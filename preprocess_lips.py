@@ -28,6 +28,7 @@ import faulthandler
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -74,8 +75,10 @@ class Later:
 
 cv2, dlib = Later("cv2"), Later("dlib")
 
-CROP_SIDE = 128  # pixels
+# What decides a crop, beside SEARCHES: after a change the next run makes all crops anew, see `settings`
+REGION = slice(48, 68)  # the landmarks around which is cut: the mouth; slice(36, 48) are the eyes
 CROP_MARGIN = 1.5  # side of the crop over the side of the landmarks' bounding square
+CROP_SIDE = 128  # pixels
 MIN_SIDE = 32  # photos with a shorter side hold no usable mouth
 MIN_MOUTH = 12  # pixels, the least side of a mouth box that is worth enlarging to a crop
 MIN_FACE = 40  # pixels; that size, or 1 % of a larger photo's longer side, is the least that is looked for
@@ -92,8 +95,8 @@ MAX_SECONDS = 60  # for a photo in a worker process
 MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts with
 MAX_FRAMES = 100  # of an animation that begins with frames of one colour
 
-COLUMNS = ("source", "class", "status", "crop", "face", "mouth", "detector", "sha1", "bytes", "mtime_ns")
 NEEDED = ("source", "class", "status", "crop", "sha1", "bytes", "mtime_ns")
+COLUMNS = (*NEEDED, "face", "mouth", "detector", "settings")
 # What becomes of a photo: `process_photo` says it, of copies `settle`. data/README.md explains each.
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
@@ -609,8 +612,16 @@ def _overlap(a, b):
 # --- the crop
 
 
+def settings():
+    """A fingerprint of what decides a crop, for the manifest."""
+    decide = (REGION, CROP_MARGIN, CROP_SIDE, MIN_SIDE, MIN_MOUTH, MIN_FACE, MAX_SIDE_RATIO, DECODE_SIDE,
+              SEARCH_SIDE, SMALL_SIDE, FACE_SIDE, LEAST_SHARE, SEARCHES, mouth_box, is_inside, cut)
+    text = json.dumps(decide, default=lambda one: inspect.getsource(one) if callable(one) else repr(one))
+    return hashlib.sha1(text.encode()).hexdigest()[:12]
+
+
 def mouth_box(landmarks):
-    """The square around a mouth: landmarks 48 to 67, their bounding square's side x 1.5, same centre.
+    """The square around the landmarks `REGION`: their bounding square's side x `CROP_MARGIN`, same centre.
 
     Parameters
     ----------
@@ -620,7 +631,7 @@ def mouth_box(landmarks):
     -------
     tuple of four ints (left, top, right, bottom)
     """
-    low, high = landmarks[48:68].min(0), landmarks[48:68].max(0)
+    low, high = landmarks[REGION].min(0), landmarks[REGION].max(0)
     side = max(1, round(float((high - low).max()) * CROP_MARGIN))
     left, top = np.round((low + high) / 2 - side / 2).astype(int).tolist()
     return left, top, left + side, top + side
@@ -1098,7 +1109,7 @@ def read_journals(crops):
     for path in sorted(crops.glob(f"{JOURNAL}*")):
         for line in path.read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill is a photo to do again
-                rows.append({key: str(value) for key, value in json.loads(line).items()})
+                rows.append(defaultdict(str, {key: str(value) for key, value in json.loads(line).items()}))
     return rows
 
 
@@ -1158,20 +1169,24 @@ def stamp(photos, source):
     return str(about.st_size), str(about.st_mtime_ns)
 
 
-def known_rows(before, sources, photos, crops, places):
-    """What of the manifest's rows `before` and of the journals still holds: dict of source to row.
+def known_rows(before, sources, photos, places, now):
+    """What of the rows `before`, the manifest's and the journals', still holds: dict of source to row.
 
-    The photo must be the same, and its crop be there, perhaps moved to another class by hand.
+    The photo and the settings, `now`, must be the same, and its crop be there, perhaps moved to another class
+    by hand. Rows of earlier versions name no settings: they hold.
     """
     rows = {}
-    for row in (*(row for row in before if not worth_a_try(row, photos)), *read_journals(crops)):
-        if row["source"] not in sources or stamp(photos, row["source"]) != (row["bytes"], row["mtime_ns"]):
+    for row in before:
+        rows.pop(row["source"], None)  # its crop may have been replaced since
+        if row["source"] not in sources or row["settings"] not in ("", now):
+            continue
+        if stamp(photos, row["source"]) != (row["bytes"], row["mtime_ns"]):
             continue
         if row["crop"] and row["status"] != "conflict":
             if not is_ours(row) or not place_of(row, places):
                 continue
             row["class"] = place_of(row, places)
-        rows[row["source"]] = row
+        rows[row["source"]] = row | {"settings": now}
     classes = defaultdict(set)
     for row in rows.values():
         classes[row["sha1"]].add(row["class"])
@@ -1261,13 +1276,18 @@ def preprocess(photos, crops, workers, replace=False):
         places = find_crops(crops)
         if not replace:
             check_folder(before, photos, crops, places)
-        rows = known_rows(before, sources, photos, crops, places)
+        now = settings()
+        earlier = [row for row in before if not worth_a_try(row, photos)] + read_journals(crops)
+        rows = known_rows(earlier, sources, photos, places, now)
+        if others := {row["source"] for row in earlier if row["settings"] not in ("", now)} - rows.keys():
+            print(f"{len(others)} photos are looked at anew: what decides a crop has changed")
         share = list(sources.items())[rank::world]
         tasks = [(photos, source, label) for source, label in share if source not in rows]
         with writing(journal), open(journal, "a", encoding="utf-8") as log:
             log.write("\n")  # ends what a kill cut short
             with tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
                 for some in run_parallel(tasks, crops, workers, places):
+                    some = [row | {"settings": now} for row in some]
                     rows |= {row["source"]: row for row in some}
                     log.write("".join(json.dumps(row) + "\n" for row in some))
                     log.flush()

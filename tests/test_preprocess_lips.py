@@ -672,6 +672,52 @@ def test_a_crop_removed_by_hand_is_back_with_a_word_on_how_to_leave_it_out(few, 
     assert len(list(crops.glob("*/*.jpg"))) == 6
 
 
+@no_workers
+@pytest.mark.parametrize("how", ["another region", "another function", "another search"])
+def test_all_crops_are_made_anew_after_a_change_of_what_decides_them(
+    few, tmp_path, capsys, monkeypatch, how
+):
+    crops, args = tmp_path / "crops", ["--workers", "1"]
+    main([str(few), str(crops), *args])
+    before, first = rows_of(crops), {path: path.read_bytes() for path in crops.glob("*/*.jpg")}
+    lines = (crops / "manifest.csv").read_text().splitlines()
+    assert lines[0].endswith(",settings")  # of earlier versions, which did not have that column:
+    (crops / "manifest.csv").write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in lines))
+    main([str(few), str(crops), *args])
+    assert "0 photos looked at" in (out := capsys.readouterr().out.split("6 photos looked at")[-1])
+    assert "looked at anew" not in out
+    with monkeypatch.context() as patch:
+        if how == "another region":
+            patch.setattr(preprocess_lips, "REGION", slice(36, 48))
+        elif how == "another function":
+            patch.setattr(preprocess_lips, "mouth_box", lambda landmarks: (0, 0, 92, 92))
+        else:
+            patch.setattr(preprocess_lips, "SEARCHES", preprocess_lips.SEARCHES[:6])
+        for again in range(2):
+            main([str(few), str(crops), *args])
+            out, after = capsys.readouterr().out, rows_of(crops)
+            assert ("6 photos are looked at anew: what decides a crop has changed" in out) != again
+            assert f"{0 if again else 6} photos looked at" in out
+        assert {source: row["crop"] for source, row in after.items()} == {
+            source: row["crop"] for source, row in before.items()
+        }
+        if how == "another region":  # the eyes, above the mouths
+            for source, row in after.items():
+                _, top, _, bottom = map(int, row["mouth"].split())
+                assert (top + bottom) / 2 < int(before[source]["mouth"].split()[1])
+        same = {path for path in first if path.read_bytes() == first[path]}
+        assert same == (set(first) if how == "another search" else set())
+        (few / "0none" / "s01_1.png").unlink()
+        patch.setattr(preprocess_lips, "finish", lambda *args: sys.exit("interrupted"))
+        patch.setattr(preprocess_lips, "MIN_MOUTH", 11)
+        with pytest.raises(SystemExit):
+            main([str(few), str(crops), *args])
+    main([str(few), str(crops), *args])  # back to what it was: what the interrupted run did is done again
+    assert {path: path.read_bytes() for path in crops.glob("*/*.jpg")} == {
+        path: data for path, data in first.items() if path.name != before["0none/s01_1.png"]["crop"]
+    }
+
+
 def test_opencv_and_dlib_are_loaded_where_faces_are_looked_for_and_its_message_says_what_to_install(
     few, tmp_path
 ):
