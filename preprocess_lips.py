@@ -372,7 +372,8 @@ class LipCropper:
 
         Parameters
         ----------
-        photo : uint8 array of shape (H, W, 3), RGB
+        photo : uint8 array of shape (H, W, 3), RGB, or (H, W), PIL image, path-like or bytes
+            An array or PIL image is taken as it lies; a file, or its content, is read as by `find`.
         largest : bool
             Return at most one face, the largest, and stop looking once it is found.
 
@@ -380,7 +381,24 @@ class LipCropper:
         -------
         list of Face, largest first
             Beside a large face, those of the far background are not looked for.
+
+        Raises
+        ------
+        OSError
+            As `read_photo`.
+        ValueError
+            `photo` is none of these.
         """
+        if isinstance(photo, (str, os.PathLike, bytes)):
+            return self.find(photo, largest).faces
+        if isinstance(photo, Image.Image):
+            photo = _rgb(photo)
+        if getattr(photo, "ndim", 0) == 2:
+            photo = np.repeat(photo[..., None], 3, 2)
+        kind, shape = getattr(photo, "dtype", type(photo).__name__), tuple(getattr(photo, "shape", ()))
+        if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise ValueError("a photo is a file, a PIL image or uint8 of shape (H, W, 3), RGB, "
+                             f"not {kind} {shape or ''}")
         return self.look(photo, largest)[0]
 
     def look(self, photo, largest=False, size=None, finer=None, whole=None):

@@ -270,6 +270,21 @@ def test_large_jpegs_give_the_boxes_and_crops_of_the_whole_photo(orl, cropper, t
         assert np.abs(face.crop.astype(int) - whole.crop).mean() < 12
 
 
+def test_a_call_takes_what_is_at_hand_and_says_what_it_takes(orl, cropper, tmp_path):
+    face = Image.fromarray(orl["s05_1"])
+    face.save(path := tmp_path / "x.png")
+    photo = read_photo(path)
+    (expected,) = cropper(photo, largest=True)
+    for one in (path, str(path), path.read_bytes(), face, face.convert("RGBA"), orl["s05_1"]):
+        (found,) = cropper(one, largest=True)
+        assert found.mouth == expected.mouth and np.array_equal(found.crop, expected.crop)
+    for one in (None, [photo], photo / 255, photo.transpose(2, 0, 1), photo[:0], photo[..., :1]):
+        with pytest.raises(ValueError, match=r"a photo is a file, a PIL image or uint8 .*, not (\w+) "):
+            cropper(one)
+    with pytest.raises(OSError, match="gone"):
+        cropper("gone.jpg")
+
+
 def test_turned_heads_are_found_and_their_landmarks_turn_back(orl, cropper):
     face = cv2.copyMakeBorder(orl["s05_1"], 60, 60, 60, 60, cv2.BORDER_REPLICATE)
     (upright,) = cropper(np.repeat(face[..., None], 3, 2), largest=True)
