@@ -717,6 +717,8 @@ OTHERS = {
     "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r",
 }
 NO_CLASSES = ("unsure", "no_face")  # folders of predict.py --sort, for what it does not name
+# of folders within class folders: dates, parts of a data set, search engines
+NO_CLASS = re.compile(r"\d[\d\W_]{3,}|train(ing)?|test(ing)?|val(id(ation)?)?|dev|google|bing|baidu", re.I)
 AHEAD = 3  # photos that a worker has before it, so that it never waits for the next
 BATCH = 16  # photos that go to the journal at once: flushing a folder takes longer than a photo
 
@@ -731,47 +733,69 @@ def composed(name):
     return unicodedata.normalize("NFC", name)
 
 
-def class_folders(path):
-    """The folders in a folder that are classes, sorted."""
-    return sorted(folder for folder in path.iterdir()
+def class_folders(path, level=1):
+    """The folders so many levels below a folder that are classes, or hold such, sorted."""
+    if not level:
+        return [path]
+    return sorted(folder for parent in class_folders(path, level - 1) for folder in parent.iterdir()
                   if folder.is_dir() and not is_hidden(folder.name) and folder.name not in NO_CLASSES)
 
 
-def list_photos(photos):
+def list_photos(photos, level=1):
     """All files in the class folders below `photos`: sorted pairs (source relative to `photos`, class).
 
     A folder that cannot be opened, or is a link below a class folder, counts as a file, so that it does not
     vanish without a word.
     """
     found = []
-    for folder in class_folders(photos):
+    for folder in class_folders(photos, level):
         closed = []  # errors
         for place, folders, files in os.walk(folder, onerror=closed.append):
             place = Path(place)
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             files += [name for name in folders if (place / name).is_symlink()]  # which may lead in circles
-            found += [place / name for name in files if not is_hidden(name)]
-        found += [Path(error.filename) for error in closed]
-    sources = [path.relative_to(photos) for path in found]
-    return sorted((source.as_posix(), composed(source.parts[0])) for source in sources)
+            found += [(place / name, folder) for name in files if not is_hidden(name)]
+        found += [(Path(error.filename), folder) for error in closed]
+    return sorted((path.relative_to(photos).as_posix(), composed(folder.name)) for path, folder in found)
 
 
-def sets_of_classes(photos):
-    """The class folders that hold nothing but folders of the same names, as raw/train and raw/test do.
+def folded(name):
+    """A name without what an eye or a disk may pass over: case, spaces at the ends, forms of letters."""
+    name = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(c for c in name if c.isprintable()).strip(" .")
 
-    Returns
-    -------
-    (folders, names) : list of Path, set of str
-        Empty where there are no such folders.
+
+def check_classes(photos, sources, level):
+    """Refuse class folders that are hardly meant as such; `level` is None where nobody says what is meant.
+
+    Raises
+    ------
+    ValueError
+        Names of classes look alike, or the folders within the class folders look like the classes.
     """
-    names = {}
-    for folder in class_folders(photos):
-        with contextlib.suppress(OSError):
-            entries = [path for path in folder.iterdir() if not is_hidden(path.name)]
-            if entries and all(path.is_dir() for path in entries):
-                names[folder] = {path.name for path in entries}
-    common = set.intersection(*names.values()) if names else set()
-    return (list(names), common) if len(names) > 1 and len(common) > 1 else ([], set())
+    alike, owners = defaultdict(set), defaultdict(set)
+    for label in sources.values():
+        alike[folded(label)].add(label)
+    if twins := [", ".join(map(repr, sorted(names))) for names in alike.values() if len(names) > 1]:
+        raise ValueError(f"{photos}: the classes {'; '.join(twins)} differ only in case, spaces at the ends "
+                         "or forms of letters; put their photos into one folder, or give them other names")
+    paths = [source.split("/") for source in sources]
+    tops = sorted({path[0] for path in paths})
+    inner = [path[:2] for path in paths if len(path) > 2 and not NO_CLASS.fullmatch(path[1])]
+    for top, name in inner:
+        owners[folded(name)].add(top)
+    shared = [name for _, name in inner if len(owners[folded(name)]) > 1 or len(tops) == 1]  # a photo each
+    loose = sum(len(path) == 2 for path in paths)
+    if level or not shared or 2 * len(shared) < len(paths) or 5 * loose >= len(paths):
+        return
+    names = sorted({folded(name): name for name in shared}.values())
+    tops, these = (", ".join(some[:4]) + ", ..." * (len(some) > 4) for some in (tops, names))
+    text = (f"{photos}: the folders in {tops} are called the same: {these}; if those are the classes, add "
+            '--level 2, and for persons or days --group "^([^/]+)/" to split_train_val.py, which keeps each '
+            "on one side; if they are not, add --level 1")
+    if len(names) > 1:
+        raise ValueError(text)
+    print(printable(text))
 
 
 def crop_name(label, sha1):
@@ -1137,14 +1161,17 @@ def is_name(text):
 
 
 def photo_class(row):
-    """The class folder in which a row's photo lies; its crop may have been moved to another by hand."""
-    return composed(row["source"].split("/")[0])
+    """The folder of a row's photo after which its crop is named, its class; "" where the crop is not ours.
+
+    The crop may have been moved to another class by hand.
+    """
+    folders = composed(row["source"]).split("/")[:-1]
+    return next((label for label in folders if row["crop"] == crop_name(label, row["sha1"])), "")
 
 
 def is_ours(row):
     """Whether this script made a row's crop, and may remove it: a manifest may come from anywhere."""
-    names = is_name(row["class"]) and is_name(row["crop"])
-    return names and row["crop"] == crop_name(photo_class(row), row["sha1"])
+    return is_name(row["class"]) and is_name(row["crop"]) and photo_class(row) != ""
 
 
 def find_crops(crops):
@@ -1200,7 +1227,12 @@ def known_rows(before, sources, photos, places, now):
             continue
         if stamp(photos, row["source"]) != (row["bytes"], row["mtime_ns"]):
             continue
-        if row["crop"] and row["status"] != "conflict":
+        label = sources[row["source"]]
+        if not row["crop"]:
+            row["class"] = label
+        elif row["crop"] != crop_name(label, row["sha1"]):  # that of another level
+            continue
+        elif row["status"] != "conflict":
             if not is_ours(row) or not place_of(row, places):
                 continue
             row["class"] = place_of(row, places)
@@ -1257,7 +1289,7 @@ def check_folder(before, photos, crops, places):
                          "for the crops, or add --replace")
 
 
-def preprocess(photos, crops, workers, replace=False):
+def preprocess(photos, crops, workers, replace=False, level=None):
     """Bring `crops` up to date with `photos`; what earlier runs did, finished or not, is kept.
 
     Parameters
@@ -1267,6 +1299,8 @@ def preprocess(photos, crops, workers, replace=False):
         Number of processes.
     replace : bool
         Remove what was made of other photos, however much it is.
+    level : int, optional
+        How deep the class folders lie, 1 where they lie in `photos`; without it 1, unless it looks otherwise.
 
     Returns
     -------
@@ -1278,12 +1312,14 @@ def preprocess(photos, crops, workers, replace=False):
     Raises
     ------
     FileNotFoundError, ValueError
-        There are no photos; the manifest is damaged; most crops were made of other photos.
+        There are no photos; the manifest is damaged; most crops were made of other photos; or as
+        `check_classes`.
     """
-    sources = dict(list_photos(photos))
+    sources = dict(list_photos(photos, level or 1))
     if not sources:
-        raise FileNotFoundError(f"{photos}: no photos in class folders; "
-                                f"put them in {photos}/<class>/, one folder a class")
+        raise FileNotFoundError(f"{photos}: no photos in class folders; put them in "
+                                f"{photos}/{'*/' * ((level or 1) - 1)}<class>/, one folder a class")
+    check_classes(photos, sources, level)
     rank, world = part_of_job()
     journal = crops / f"{JOURNAL}{rank}"
     with contextlib.ExitStack() as locks:
@@ -1461,10 +1497,12 @@ def table(rows):
     return text_table(("class", "photos", *statuses), lines)
 
 
-def report(photos, rows):
+def report(photos, rows, level):
     """Print the table of `rows`, and what a user may have overlooked in the folder of photos."""
     print(table(rows))
-    loose = sum(path.is_file() and not is_hidden(path.name) for path in photos.iterdir())
+    beside = sorted(path for n in range(level) for folder in class_folders(photos, n)
+                    for path in folder.iterdir() if not is_hidden(path.name))
+    loose = sum(path.is_file() for path in beside)
     if loose:
         print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
     twice = sorted(row["source"] for row in rows if row["status"] == "conflict")
@@ -1474,10 +1512,10 @@ def report(photos, rows):
     classes = {row["class"] for row in rows}
     for name in sorted(classes - {row["class"] for row in rows if row["status"] == "ok"}):
         print(printable(f"{name}: none of its photos is used, so there is no such class"))
-    for folder in sorted(photos.iterdir()):
+    for folder in beside:
         if folder.is_dir() and folder.name in NO_CLASSES and any(folder.iterdir()):
             print(printable(f"{folder}: no class; move photos from there to the classes, or leave them"))
-    for folder in class_folders(photos):
+    for folder in class_folders(photos, level):
         if composed(folder.name) not in classes:
             print(printable(f"{folder}: empty, so there is no class of this name"))
     if hint := font_hint(sorted(classes)):
@@ -1500,6 +1538,9 @@ def build_parser():
     parser.add_argument("--workers", type=int, metavar="N",
                         default=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
                         help="processes (default: one a core, here %(default)s)")
+    parser.add_argument("--level", type=int, choices=(1, 2, 3), metavar="N",
+                        help="how deep the class folders lie: 1 for PHOTOS/<class>/, 2 for "
+                        "PHOTOS/<person>/<class>/ (default: 1, but nothing is done where it looks like 2)")
     parser.add_argument("--replace", action="store_true",
                         help="remove the crops of an earlier folder of photos, where most are")
     return parser
@@ -1516,21 +1557,16 @@ def main(argv=None):
             raise ValueError(f"{crops}: lies within {photos}, and the next run would take the crops "
                              "for photos; name another folder")
         landmark_file()
-        sets, names = sets_of_classes(photos)
-        if sets:
-            print(printable(f"{', '.join(folder.name for folder in sets)} hold nothing but folders, of the "
-                            f"same names ({', '.join(sorted(names))}): if those are the classes, the folder "
-                            f"of photos is {sets[0]}"))
         start = time.perf_counter()
         workers = min(max(1, args.workers), 61)  # Windows waits for no more
-        rows, new, notes = preprocess(photos, crops, workers, args.replace)
+        rows, new, notes = preprocess(photos, crops, workers, args.replace, args.level)
         done = f"{new} photos looked at in {time.perf_counter() - start:.1f} s"
         if rows is None:
             rank, world = part_of_job()
             print(f"part {rank + 1} of {world}: {done}; once all parts are done, the same command "
                   "without RANK and WORLD_SIZE gathers them")
             return
-        report(photos, rows)
+        report(photos, rows, args.level or 1)
         print(*map(printable, notes), f"{done}, {len(rows) - new} known from before", sep="\n")
         if not any(row["status"] == "ok" for row in rows):
             raise ValueError(f"{photos}: not one photo gave a mouth; {crops / MANIFEST} says why")

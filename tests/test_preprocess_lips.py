@@ -540,21 +540,83 @@ def test_what_other_programs_leave_among_the_photos_is_no_class_and_no_photo(pho
     assert "empty" not in out and "in no class" not in out
 
 
+def laid_out(photos, folder, *places):
+    """A folder with one photo, each another one, in every place."""
+    for photo, place in zip(sorted(photos.glob("*/*")), places):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder / place)
+    return folder
+
+
 @no_workers
-def test_sets_of_classes_in_place_of_classes_are_worth_a_line(photos, tmp_path, capsys):
-    raw = tmp_path / "raw"
-    for path in sorted(photos.glob("*/*"))[::6]:
-        target = raw / ("train", "test")[path.name.endswith("1.png")] / path.parent.name
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    (raw / "train" / ".DS_Store").touch()
-    names = "(0none, 2smile)"
-    said = f"test, train hold nothing but folders, of the same names {names}: if those are the classes, "
-    main([str(raw), str(tmp_path / "crops"), "--workers", "1"])
-    assert capsys.readouterr().out.startswith(f"{said}the folder of photos is {raw / 'test'}\n")
-    shutil.copy(path, raw / "test")  # a class that has photos of its own
-    main([str(raw), str(tmp_path / "crops"), "--workers", "1"])
-    assert "hold nothing" not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["Ann/0none", "Ann/2smile", "Bob/0none", "Bob/2smile", "Bob/2smile"],
+        ["Ann/0none", "Ann/2smile", "Bob/2smile", "Bob/1pouting", "Cat/0none", "Cat/3openmouth"],
+        [*(f"{day}/{label}" for day in ("2026-05-01", "2026-05-02") for label in "0123"), "2026-05-01"],
+        ["train/0none", "train/2smile", "test/0none", "test/2smile"],
+        ["unpacked/0none", "unpacked/2smile/more"],
+    ],
+    ids=["persons", "persons with some of the classes", "days", "parts of a set", "one folder around all"],
+)
+def test_folders_of_persons_in_place_of_classes_end_the_run(photos, tmp_path, capsys, places):
+    import split_train_val
+
+    raw, crops = laid_out(photos, tmp_path / "raw", *places), tmp_path / "crops"
+    tops, classes = ({place.split("/")[part] for place in places if "/" in place} for part in (0, 1))
+    (raw / places[0].split("/")[0] / ".DS_Store").touch()
+    with pytest.raises(SystemExit, match="^error: [^\n]*; if those are the classes, add --level 2") as end:
+        main([str(raw), str(crops)])
+    assert "--level 1" in str(end.value) and all(name in str(end.value) for name in tops)
+    assert not crops.exists()
+    main([str(raw), str(crops), "--level", "1"])
+    assert {row["class"] for row in rows_of(crops).values()} == tops
+    main([str(raw), str(crops), "--level", "2"])
+    rows, out = rows_of(crops), capsys.readouterr().out
+    assert {row["class"] for row in rows.values()} == classes
+    assert {path.parent.name for path in crops.glob("*/*.jpg")} == classes
+    assert ("beside the class folders are in no class" in out) == (len(places) == 9)
+    main([str(raw), str(crops), "--level", "2"])
+    assert "0 photos looked at" in capsys.readouterr().out
+    if len(tops) > 1:
+        split_train_val.main([str(crops), str(tmp_path), "--group", "^([^/]+)/"])
+        assert {row["group"] for row in read_csv(tmp_path / "split.csv")} == tops
+
+
+@no_workers
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["0none/faces", "0none/neutral", "2smile/faces", "2smile/smiling", "2smile/teeth"], False),
+        (["0none/faces", "2smile/faces", "2smile/teeth"], True),
+        (["0none/2026-05-01", "0none/2026-05-02", "2smile/2026-05-01", "2smile/2026-05-02"], False),
+        (["0none/google", "0none/bing", "2smile/bing", "2smile/google"], False),
+        (["0none/train", "0none/val", "2smile/train", "2smile/val"], False),
+        (["0none/boys", "0none/girls", "2smile", "2smile/boys", "2smile/girls"], False),
+        (["0none/boys", "0none/girls", "2smile"], False),
+        (["0none/neutral"], False),
+    ],
+)
+def test_keywords_days_and_the_like_in_class_folders_are_no_classes(photos, tmp_path, capsys, places, said):
+    main([str(laid_out(photos, tmp_path / "raw", *places)), str(tmp_path / "crops")])
+    assert ("called the same: faces; if those" in capsys.readouterr().out) == said
+    assert {row["class"] for row in rows_of(tmp_path / "crops").values()} == {
+        place.split("/")[0] for place in places}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["Smile", "smile"], ["ok", "ok "], [" lead", "lead"], ["1", "\uff11"], ["o", "o\u200b"], ["x.", "x"]],
+)
+def test_classes_whose_names_look_alike_end_the_run(photos, tmp_path, names):
+    raw = laid_out(photos, tmp_path / "raw", *names, "other")
+    if sorted(path.name for path in raw.iterdir()) != sorted([*names, "other"]):
+        pytest.skip("this disk knows that they are one name")
+    with pytest.raises(SystemExit, match="^error: [^\n]* differ only in case, spaces at the ends or") as end:
+        main([str(raw), str(tmp_path / "crops")])
+    assert all(ascii(name)[1:-1] in ascii(str(end.value)).replace("\\\\", "\\") for name in names)
+    assert not (tmp_path / "crops").exists()
 
 
 @no_workers
