@@ -1413,14 +1413,17 @@ def font_hint(names):
             "on Debian: apt install fonts-wqy-microhei") if lacking else ""
 
 
+SHEET_CLASSES = 60  # of 242 lines each: viewers draw up to 16,384
+
+
 def contact_sheet(crops, rows, columns=14, side=90):
-    """One picture with two rows of crops a class, evenly spread over it, and the names of their photos."""
+    """One picture: of the first `SHEET_CLASSES` classes two rows of crops each, with their photos' names."""
     by_class = {}
     for row in rows:
         if row["status"] == "ok":
             by_class.setdefault(row["class"], []).append(row)
     high, band = side + 16, 2 * (side + 16) + 30
-    shown = sorted(by_class.items())[:200]  # a JPEG has at most 65,500 lines
+    shown = sorted(by_class.items())[:SHEET_CLASSES]
     sheet = Image.new("RGB", (columns * side, band * len(shown)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (label, some) in enumerate(shown):
@@ -1573,8 +1576,10 @@ def main(argv=None):
         sheet = io.BytesIO()
         contact_sheet(crops, rows).save(sheet, "JPEG", quality=88)
         write_file(crops / "preview.jpg", sheet.getvalue())
+        classes = len({row["class"] for row in rows if row["status"] == "ok"})
+        shown = f", at the first {SHEET_CLASSES} of {classes} classes" if classes > SHEET_CLASSES else ""
         print(printable(f"crops in {crops}/<class>/, every photo's fate in {crops / MANIFEST}, "
-                        f"a look at them in {crops / 'preview.jpg'}"))
+                        f"a look at them in {crops / 'preview.jpg'}{shown}"))
 
 
 if __name__ == "__main__":

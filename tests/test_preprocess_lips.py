@@ -697,6 +697,21 @@ def test_a_class_whose_photos_all_lie_in_another_one_too_is_named(few, tmp_path,
 
 
 @no_workers
+def test_a_preview_of_many_classes_keeps_a_height_that_viewers_draw_and_says_what_it_leaves_out(
+    few, tmp_path, monkeypatch, capsys
+):
+    rows = [{"class": str(i), "status": "ok", "crop": "s01_1.png", "source": "x"} for i in range(600)]
+    for i in range(600):
+        (tmp_path / str(i)).symlink_to(few / "0none")
+    assert 10_000 < preprocess_lips.contact_sheet(tmp_path, rows).height < 16_384
+    main([str(few), str(tmp_path / "crops")])
+    assert "at the first" not in capsys.readouterr().out
+    monkeypatch.setattr(preprocess_lips, "SHEET_CLASSES", 1)
+    main([str(few), str(tmp_path / "crops")])
+    assert capsys.readouterr().out.endswith("preview.jpg, at the first 1 of 2 classes\n")
+
+
+@no_workers
 def test_without_a_font_for_a_class_name_a_line_says_what_to_install(few, tmp_path, monkeypatch, capsys):
     def none_there(font, *more, **others):
         if isinstance(font, str):  # a file of the system; Pillow's own font is there
