@@ -1465,15 +1465,25 @@ def end_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+# Ctrl-C; the end of a job, by Slurm or Docker; a closed terminal
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def command_line(after_interrupt):
-    """Within, errors and Ctrl-C end the program with one line, and no terminal is too poor for a name."""
+    """Within, errors and `SIGNALS` end the program with one line, and no terminal is too poor for a name.
+
+    `after_interrupt` is what that line says of what was done, or a function that returns it.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    for one in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(one) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(one, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: {after_interrupt}")
+        sys.exit(f"\ninterrupted: {after_interrupt() if callable(after_interrupt) else after_interrupt}")
     except BrokenPipeError:
         end_output()
     except (ImportError, OSError, ValueError) as error:
