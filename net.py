@@ -1,4 +1,4 @@
-"""simpleconv3, the network, and what travels with it: class names, sizes, normalisation, loading, export.
+"""The networks, and what travels with them: class names, sizes, normalisation, loading, export.
 
 In other code:
 
@@ -10,16 +10,17 @@ In other code:
 On the command line:
     python net.py models/model.pt                         layers, classes and scores
     python net.py models/model.pt --export model.onnx     for other languages and runtimes
+
+A network of your own is a class like `simpleconv3` and a line in `NETWORKS`: train.py --net NAME trains it.
 """
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
-import os
 import pickle
 import re
-import secrets
 import sys
 import warnings
 import zipfile
@@ -35,12 +36,14 @@ CLASSES = ("0none", "1pouting", "2smile", "3openmouth")
 CROP_SIZE = 48  # side of the network's input in pixels
 MEAN = STD = 0.5  # of every RGB channel, on a scale of 0 to 1
 OPSET = 13  # of exported models: low, for old runtimes
+CALIBRATION_IMAGES = 200  # with fewer for validation a temperature would be fitted to chance
+CALIBRATION_ERROR = 0.02  # up to here no temperature is needed
 
 MODEL = Path("models/model.pt")  # what train.py writes
 PRETRAINED = Path(__file__).resolve().parent / "models" / "pretrained.pt"  # what comes with the project
 
 
-# --- the network
+# --- the networks
 
 
 class simpleconv3(nn.Module):
@@ -50,15 +53,6 @@ class simpleconv3(nn.Module):
     ----------
     nclass : int
         Number of classes, at least 1.
-
-    Attributes
-    ----------
-    classes : tuple of str
-        Names of the classes, in the order of the logits.
-    about : dict
-        Content of the JSON file beside the weights; empty for a new network.
-    path : Path or None
-        The file that `load_model` read.
 
     Notes
     -----
@@ -77,21 +71,81 @@ class simpleconv3(nn.Module):
         self.fc1 = nn.Linear(48 * 5 * 5, 1200)
         self.fc2 = nn.Linear(1200, 128)
         self.fc3 = nn.Linear(128, nclass)
-        self.classes = CLASSES if nclass == len(CLASSES) else tuple(map(str, range(nclass)))
-        self.about = {}
-        self.path = None
 
-    def features(self, x):
-        """The 128 activations before the last layer: float tensor N x 128, at least 0."""
+    def forward(self, x):
+        """Logits, float tensor N x nclass, of inputs N x 3 x 48 x 48 in [-1, 1], any memory format."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
         x = F.relu(self.fc1(x.flatten(1)))
-        return F.relu(self.fc2(x))
+        return self.fc3(F.relu(self.fc2(x)))
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a short cut, after He et al. 2016, "Deep residual learning"."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.short = nn.Sequential(nn.Conv2d(before, after, 1, 2, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x):
-        """Logits, float tensor N x nclass, of inputs N x 3 x 48 x 48 in [-1, 1], any memory format."""
-        return self.fc3(self.features(x))
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.short(x))
+
+
+class smallresnet(nn.Module):
+    """Four residual blocks and a mean over what is left of the image: 0.9 million weights."""
+
+    def __init__(self, nclass):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(3, 24), Block(24, 48), Block(48, 96), Block(96, 192))
+        self.fc = nn.Linear(192, nclass)
+
+    def forward(self, x):
+        """Logits, float tensor N x nclass, of inputs N x 3 x 48 x 48 in [-1, 1]."""
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+# What train.py --net can train: each is called with the number of classes, takes N x 3 x 48 x 48 in [-1, 1],
+# and ends in an nn.Linear. model.json records the name.
+NETWORKS = {"simpleconv3": simpleconv3, "smallresnet": smallresnet}
+
+
+def new_network(name, classes):
+    """A network of `NETWORKS` with random weights.
+
+    Parameters
+    ----------
+    name : str
+    classes : sequence of str
+
+    Returns
+    -------
+    nn.Module
+        ``network`` is the name, ``classes`` a tuple of the names in the order of the logits, ``about`` the
+        content of the JSON file beside the weights and ``path`` the file that `load_model` read: {} and None.
+    """
+    net = NETWORKS[name](len(classes))
+    net.network, net.classes, net.about, net.path = name, tuple(classes), {}, None
+    return net
+
+
+def last_layer(net):
+    """The name and the layer of a network that give the logits: its last nn.Linear."""
+    return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def features(net, images):
+    """What the last layer of a network sees of network inputs N x 3 x 48 x 48: float tensor N x width."""
+    seen = []
+    hook = last_layer(net)[1].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    try:
+        net(images)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 # --- from a crop to the network's input
@@ -123,7 +177,9 @@ def square(image, size=CROP_SIZE):
         if image.ndim == 3 and image.shape[2] == 1:
             image = image[..., 0]
         if image.dtype != np.uint8 or image.ndim != 2 and image.shape[2:] not in ((3,), (4,)):
-            raise ValueError(f"a crop is {image.dtype} of shape {image.shape}, not uint8 of H x W x 3")
+            what = "text" if image.dtype.kind == "U" else f"{image.dtype} of shape {image.shape}"
+            raise ValueError(f"a crop is {what}, not a PIL image or a uint8 array H x W x 3; "
+                             "preprocess_lips.read_photo reads files")
         image = Image.fromarray(image)
     width, height = image.size
     short = min(width, height)
@@ -160,7 +216,7 @@ class Probabilities(nn.Module):
 
     Parameters
     ----------
-    model : simpleconv3
+    model : nn.Module
         Its ``about`` may hold a ``temperature``, by which the logits are divided.
     """
 
@@ -170,8 +226,8 @@ class Probabilities(nn.Module):
 
     def forward(self, levels):
         """Class probabilities, float tensor N x nclass, of grey levels N x 3 x 48 x 48, 0 to 255."""
-        logits = self.model(normalize(levels).to(self.model.fc3.weight.dtype))
-        return (logits.float() / self.model.about.get("temperature", 1.0)).softmax(1)
+        logits = self.model(normalize(levels).to(next(self.model.parameters()).dtype))
+        return (logits.float() / getattr(self.model, "about", {}).get("temperature", 1.0)).softmax(1)
 
 
 @torch.inference_mode()
@@ -180,7 +236,7 @@ def predict(model, crops):
 
     Parameters
     ----------
-    model : simpleconv3
+    model : nn.Module
         In eval mode, as `load_model` returns it; in half precision or in ``DataParallel``, too.
     crops : sequence of PIL images or uint8 arrays (H, W, 3) in RGB or (H, W), any sizes
 
@@ -197,48 +253,87 @@ def predict(model, crops):
         raise ValueError("crops is one image; predict takes a list of them")
     model = getattr(model, "module", model)
     if not len(crops):
-        return torch.empty(0, len(model.classes))
-    batch = torch.stack([square(crop) for crop in crops]).to(model.fc3.weight.device)
+        return torch.empty(0, last_layer(model)[1].out_features)
+    batch = torch.stack([square(crop) for crop in crops]).to(next(model.parameters()).device)
     return Probabilities(model)(batch).cpu()
+
+
+# --- scores
+
+
+def confusion_matrix(predicted, labels, nclass):
+    """Counts, float nclass x nclass: rows are true classes, columns predicted ones."""
+    return torch.bincount(labels * nclass + predicted, minlength=nclass**2).view(nclass, nclass).float()
+
+
+def reliability(probabilities, labels, bins=15):
+    """How sure a model is and how often it is right, over bins of its confidence.
+
+    Of probabilities N x nclass and labels N: sums of confidence and of right answers, and counts, 3 x bins.
+    """
+    confidence, predicted = probabilities.max(1)
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    rows = torch.stack([confidence, (predicted == labels).float(), torch.ones_like(confidence)])
+    return torch.zeros(3, bins, device=rows.device).index_add(1, place, rows)
+
+
+def calibration_error(probabilities, labels):
+    """Expected calibration error: mean distance of confidence and accuracy over the bins of `reliability`.
+
+    0 (as sure as right) to 1. After Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+    confidence, right, _ = reliability(probabilities, labels)
+    return float((right - confidence).abs().sum() / len(labels))
+
+
+def fit_temperature(logits, labels):
+    """The number by which logits must be divided so that their softmax fits the labels best: 0.2 to 5.
+
+    From the same paper; the cross-entropy is computed for 200 temperatures and the best one taken.
+    """
+    logits, labels = logits.cpu(), labels.cpu()  # Apple's devices have no logspace
+    temperatures = torch.logspace(-0.7, 0.7, 200)
+    losses = torch.stack([F.cross_entropy(logits / t, labels) for t in temperatures])
+    return float(temperatures[losses.argmin()])
+
+
+def calibrate(logits, labels):
+    """Calibration error of logits, and the temperature that mends it where it is large: dict."""
+    error = calibration_error(logits.softmax(1), labels)
+    fit = len(labels) >= CALIBRATION_IMAGES and error > CALIBRATION_ERROR
+    return {"calibration_error": round(error, 4),
+            "temperature": round(fit_temperature(logits, labels), 4) if fit else 1.0}
+
+
+def balanced(matrix):
+    """Mean of the classes' recalls, from a confusion matrix: 0 to 1."""
+    return float((matrix.diagonal() / matrix.sum(1)).mean())
+
+
+def scores_of(matrix, classes):
+    """Precision, recall, F1 and number of images of every class: dict of name to dict.
+
+    `matrix` is a confusion matrix, rows true, columns predicted. What has no denominator is None.
+    """
+    matrix = np.asarray(matrix)
+    hits, true, named = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+
+    def ratio(a, b):
+        return round(float(a / b), 4) if b else None
+
+    return {name: {"precision": ratio(hit, n), "recall": ratio(hit, t), "f1": ratio(2 * hit, t + n),
+                   "images": int(t)} for name, hit, t, n in zip(classes, hits, true, named)}
 
 
 # --- saving
 
 
-def write_file(path, data):
-    """Write bytes under a temporary name beside `path`, flush them to the disk, then rename.
-
-    Whoever reads `path`, at any moment and after any crash, finds the old content or the new one, whole.
-
-    Raises
-    ------
-    OSError
-        It cannot be written. The message names the file.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:  # a full disk's own message names no file
-        why = error.strerror or error
-        raise OSError(f"{path}: cannot be written ({why}); mend that and run the command again") from None
-    if os.name == "posix":
-        with contextlib.suppress(OSError):  # some network disks cannot flush a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+def fingerprint(weights):
+    """A hash of a state dict's values: 16 letters, the same for the same weights, whoever saved them."""
+    sha1 = hashlib.sha1()
+    for key in sorted(weights):
+        sha1.update(key.encode() + weights[key].detach().cpu().float().contiguous().numpy().tobytes())
+    return sha1.hexdigest()[:16]
 
 
 def save_model(net, path, **about):
@@ -246,20 +341,37 @@ def save_model(net, path, **about):
 
     Parameters
     ----------
-    net : simpleconv3
-        Its ``classes`` go into the JSON.
+    net : nn.Module
+        Its ``network`` and ``classes``, as `new_network` gives them, go into the JSON.
     path : path-like
         Usually ``models/model.pt``; the JSON is then ``models/model.json``.
     **about
         What a user of the model may ask: scores, the command that made it. Must fit in JSON.
+
+    Raises
+    ------
+    OSError
+        It cannot be written. The message names the file.
     """
-    path, weights = Path(path), io.BytesIO()
-    torch.save({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, weights)
-    about = {"classes": list(net.classes), "input_size": CROP_SIZE, "mean": MEAN, "std": STD,
-             "channels": "RGB"} | about
-    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, weights.getvalue())
-    write_file(path.with_suffix(".json"), text.encode())
+    from preprocess_lips import write_file  # here: whoever only loads models needs this file alone
+
+    path, data = Path(path), io.BytesIO()
+    weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    torch.save(weights, data)
+    beside, classes, hashes = path.with_suffix(".json"), list(class_names(net)), [fingerprint(weights)]
+    with contextlib.suppress(OSError, ValueError):  # until the weights are written, these are there
+        before = read_about(beside)
+        hashes += before.get("weights", [])[:1] if before["classes"] == classes else []
+    about = {"classes": classes, "network": getattr(net, "network", "simpleconv3"), "weights": hashes,
+             "input_size": CROP_SIZE, "mean": MEAN, "std": STD, "channels": "RGB"} | about
+    write_file(beside, (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, data.getvalue())
+
+
+def class_names(net):
+    """The names of a network's classes; those of the textbook's task, or numbers, where nobody named them."""
+    n = last_layer(net)[1].out_features
+    return getattr(net, "classes", CLASSES if n == len(CLASSES) else tuple(map(str, range(n))))
 
 
 def export_onnx(model, path):
@@ -270,7 +382,7 @@ def export_onnx(model, path):
 
     Parameters
     ----------
-    model : simpleconv3
+    model : nn.Module
         In eval mode, as `load_model` returns it.
     path : path-like
 
@@ -279,11 +391,13 @@ def export_onnx(model, path):
     ImportError
         The package onnx is not installed.
     """
+    from preprocess_lips import write_file
+
     try:
         import onnx
     except ImportError:
         raise ImportError("exporting needs one more package; 'pip install onnx' brings it") from None
-    levels = torch.zeros(2, 3, CROP_SIZE, CROP_SIZE, device=model.fc3.weight.device)
+    levels = torch.zeros(2, 3, CROP_SIZE, CROP_SIZE, device=next(model.parameters()).device)
     graph = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch recommends its newer exporter, which needs more packages
@@ -293,7 +407,7 @@ def export_onnx(model, path):
             dynamic_axes={"levels": {0: "N"}, "probabilities": {0: "N"}})
     graph = onnx.load_from_string(graph.getvalue())
     onnx.helper.set_model_props(graph, {
-        "classes": json.dumps(model.classes, ensure_ascii=False),
+        "classes": json.dumps(class_names(model), ensure_ascii=False),
         "input_size": str(CROP_SIZE),
         "channels": "RGB",
         "input": "grey levels, 0 to 255",
@@ -305,8 +419,6 @@ def export_onnx(model, path):
 
 # --- loading: weights and JSON may come from a stranger
 
-MAX_FILE = 32 * 2**20  # bytes of a file; the weights of four classes take 6.4 MB, a checkpoint up to 26
-MAX_WEIGHTS = 16 * 2**20  # bytes of the weights themselves
 MAX_JSON = 2**20  # bytes; ours has about 1,000
 
 # Training scripts put the state dict into a larger dict under one of these names; train.py's is the first.
@@ -361,31 +473,35 @@ def load_pickle(data):
         raise ValueError("damaged, or holds more than tensors, such as a whole model") from None
 
 
-def read_weights(path):
-    """The state dict of a `simpleconv3` in a file that may come from a stranger.
+def read_weights(path, like):
+    """The state dict of a network in a file that may come from a stranger.
 
     Parameters
     ----------
     path : path-like
         What ``torch.save`` wrote: a state dict, or a dict that holds one, such as a checkpoint.
+    like : nn.Module
+        A network of the kind that it claims to be, with any number of classes.
 
     Returns
     -------
     dict of str to tensor
-        Finite values; ``fc3.weight`` has one row a class.
+        Finite values, any number of classes; what else it must look like, ``load_state_dict`` says.
 
     Raises
     ------
     ValueError, or almost anything else
         It is no such file.
     """
+    size = sum(4 * value.numel() for value in like.state_dict().values())
+    most = 4 * 2**20 + 5 * size  # bytes: room for many classes, and for what else a checkpoint holds
     with open(path, "rb") as file:
-        data = file.read(MAX_FILE + 1)
-    if len(data) > MAX_FILE:
-        raise ValueError(f"larger than {MAX_FILE >> 20} MiB; of a checkpoint, save the state dict alone")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"larger than {most >> 20} MiB; of a checkpoint, save the state dict alone")
     weights = load_pickle(data)
     while isinstance(weights, dict):
-        inner = [weights[name] for name in WRAPPED if isinstance(weights.get(name), dict)]
+        inner = [weights[key] for key in WRAPPED if isinstance(weights.get(key), dict)]
         if not inner:
             break
         weights = inner[0]
@@ -398,27 +514,21 @@ def read_weights(path):
         if not (value.is_floating_point() or key.endswith("num_batches_tracked")):
             raise ValueError(f"{key} is {value.dtype}")
     # a tensor can be larger than what it is a view of
-    if sum(4 * value.numel() for value in weights.values()) > MAX_WEIGHTS:
-        raise ValueError(f"tensors of more than {MAX_WEIGHTS >> 20} MiB")
-    if "fc3.weight" not in weights:
-        raise ValueError("it has no fc3.weight")
-    if weights["fc3.weight"].shape[1:] != (128,):  # as many classes as it likes, for no weights at all
-        raise ValueError("fc3.weight has another shape")
-    if not len(weights["fc3.weight"]):
-        raise ValueError("no classes")
+    if sum(4 * value.numel() for value in weights.values()) > most:
+        raise ValueError(f"tensors of more than {most >> 20} MiB")
     for key, value in weights.items():
         if not value.float().isfinite().all() or key.endswith("running_var") and (value < 0).any():
             raise ValueError(f"{key} holds what is no weight: not finite, or a negative variance")
     return weights
 
 
-def read_about(path, nclass):
-    """The JSON file beside a model of `nclass` classes: dict, ``classes`` and ``temperature`` are valid.
+def read_about(path):
+    """The JSON file beside a model: dict; classes, network, weights and temperature are valid.
 
     Raises
     ------
     ValueError
-        It does not fit, or is no such file. The message names it.
+        It is no such file. The message names it.
     """
     try:
         if not path.is_file():
@@ -431,16 +541,24 @@ def read_about(path, nclass):
         if not isinstance(about, dict) or not isinstance(about.get("classes"), list):
             raise ValueError("no list of classes")
         check_classes(about["classes"])
+        if about.get("network", "simpleconv3") not in list(NETWORKS):
+            raise ValueError(f"network {ascii(about['network'])[:40]} is not in net.NETWORKS, which has "
+                             + ", ".join(NETWORKS))
+        if not isinstance(about.get("weights", []), list):
+            raise ValueError("weights must be a list of their hashes")
         temperature = about.get("temperature", 1.0)
         if type(temperature) not in (int, float) or not 0.01 <= temperature <= 100:
             raise ValueError("temperature must be a number between 0.01 and 100")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the JSON file of a model ({printable(str(error))}); "
                          "remove it to load the weights without names") from None
-    if len(about["classes"]) != nclass:
-        n = len(about["classes"])
-        raise ValueError(f"{path}: names {n} classes, but the weights beside it have {nclass}")
     return about
+
+
+def default_model():
+    """The weights to take where none are named: your own, here or beside this file, else the project's."""
+    own = MODEL, Path(__file__).resolve().parent / MODEL
+    return next((path for path in own if path.exists()), PRETRAINED)
 
 
 def load_model(path=None, device="cpu"):
@@ -449,40 +567,59 @@ def load_model(path=None, device="cpu"):
     Parameters
     ----------
     path : path-like, optional
-        A state dict of `simpleconv3`: ours, the textbook's, or one that another program wrapped in a
-        checkpoint or in ``DataParallel``. Default: `MODEL` where there is one, else `PRETRAINED`.
+        A state dict of a network: ours, the textbook's, or one that another program wrapped in a checkpoint
+        or in ``DataParallel``. Default: `default_model`, with a warning where that is `PRETRAINED`.
     device : str or torch.device
 
     Returns
     -------
-    simpleconv3
-        In eval mode. ``classes`` holds the class names (without a JSON file: `CLASSES` for a network
-        of four classes, numbers for any other), ``about`` the content of the JSON file, ``path`` the file.
+    nn.Module
+        In eval mode, as `new_network` makes it: of the kind that the JSON file names, without one a
+        `simpleconv3` whose classes are `CLASSES`, if it has four, or numbers.
 
     Raises
     ------
     FileNotFoundError
         There is no such file.
     ValueError
-        It is not a state dict of simpleconv3, or the JSON file does not fit it.
+        It is not a state dict of that network, or the JSON file is not of this model.
     """
-    path = Path(path) if path else MODEL if MODEL.exists() else PRETRAINED
+    if not path and (path := default_model()) == PRETRAINED:
+        warnings.warn(f"no {MODEL} here: took {PRETRAINED}, which comes with the project", stacklevel=2)
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: {'not a file' if path.exists() else 'no such model'}; 'python train.py' makes one")
+    beside = path.with_suffix(".json")
+    about = read_about(beside) if beside != path and beside.exists() else {}
+    name = about.get("network", "simpleconv3")
     try:
-        weights = read_weights(path)
-        net = simpleconv3(len(weights["fc3.weight"]))
+        like = NETWORKS[name](1)
+        weights, last = read_weights(path, like), last_layer(like)[0] + ".weight"
+        if last not in weights or weights[last].shape[1:] != last_layer(like)[1].weight.shape[1:]:
+            raise ValueError(f"it has no {last}, or one of another shape")
+        if not len(weights[last]):
+            raise ValueError("no classes")
+        net = NETWORKS[name](len(weights[last]))
         net.load_state_dict(weights)
     except Exception as error:  # torch.load raises almost anything on a file that it did not write
-        raise ValueError(f"{path}: not a state dict of simpleconv3 ({reason(error)}); "
+        raise ValueError(f"{path}: not a state dict of {name} ({reason(error)}); "
                          "'python train.py' makes one") from None
-    beside = path.with_suffix(".json")
-    if beside != path and beside.exists():
-        net.about = read_about(beside, len(net.classes))
-        net.classes = tuple(net.about["classes"])
-    net.path = path
+    if about:
+        check_beside(beside, about, path, weights, last_layer(net)[1].out_features)
+    net.network, net.about, net.path = name, about, path
+    net.classes = tuple(about["classes"]) if about else class_names(net)
     return net.to(device).eval()
+
+
+def check_beside(beside, about, path, weights, nclass):
+    """Raise a ValueError where the JSON file beside a model is another model's."""
+    if len(about["classes"]) != nclass:
+        raise ValueError(f"{beside}: names {len(about['classes'])} classes, "
+                         f"but the weights beside it have {nclass}")
+    if about.get("weights") and fingerprint(weights) not in about["weights"]:
+        raise ValueError(f"{beside}: belongs to other weights than {path}; copy the JSON file of these, too, "
+                         "or remove that one to load them without names")
 
 
 # --- the command line
@@ -526,16 +663,17 @@ def main(argv=None):
     if args.export and args.export.resolve() == args.model.resolve():
         parser.error("--export would replace the weights; name another file")
     try:
-        net = load_model(args.model) if args.model else simpleconv3(len(CLASSES))
+        net = load_model(args.model) if args.model else new_network("simpleconv3", CLASSES)
         if args.export:
             export_onnx(net, args.export)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {printable(str(error))}")
     print(f"input: N x 3 x {CROP_SIZE} x {CROP_SIZE}, RGB, (x / 255 - {MEAN}) / {STD}")
     print(layer_table(net))
+    print("network:", net.network)
     print("classes:", printable(", ".join(net.classes)))
     for key, value in net.about.items():
-        if key not in {"classes", "input_size", "mean", "std", "channels"}:
+        if key not in {"classes", "network", "weights", "input_size", "mean", "std", "channels"}:
             print(printable(f"{key}: {json.dumps(value, ensure_ascii=False)}"))
     if args.export:
         print("exported:", printable(str(args.export)))

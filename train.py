@@ -1,4 +1,4 @@
-"""Train simpleconv3 on mouth crops: data/train and data/val to models/model.pt and curves in logs/.
+"""Train a network on mouth crops: data/train and data/val to models/model.pt and curves in logs/.
 
     python train.py                              the textbook's recipe: 300 epochs, SGD, StepLR
     python train.py --recipe strong              better, in fewer epochs
@@ -7,46 +7,52 @@
     torchrun --nproc_per_node=2 -- train.py      the same on two processes or GPUs, or many machines
 
 models/model.pt is a plain state dict of the kept epoch: the one with the best validation accuracy, or
-the last one where the learning rate ends at zero. models/model.json beside it says everything else.
+the last one where the learning rate ends at zero. models/model.json beside it says everything else, and
+models/model.png shows it.
+
+To change what is trained: a network is a line in net.NETWORKS, a setting a line in SETTINGS, an augmentation
+a function in VIEWS or LOOKS, a curve a line in `score`, an optimizer a line in `Learner`.
 """
 
 import gc
+import os
+import time
 
+BEGUN = time.perf_counter()
 gc.disable()  # loading torch makes a million objects and no garbage; looking for it would take half a second
+# Read when torch is loaded: how long a thread turns round and round before it sleeps while it waits for the
+# others. At the default of 300,000 a busy machine's threads spend most of their time on that.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
 import contextlib
 import copy
-import errno
-import functools
 import hashlib
 import io
 import itertools
 import math
-import os
 import pickle
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import threading
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.datasets import ImageFolder
@@ -54,43 +60,98 @@ from tqdm import tqdm
 
 from net import (
     CROP_SIZE,
+    NETWORKS,
     NO_CLASS_NAME,
     PRETRAINED,
+    balanced,
+    calibrate,
+    calibration_error,
     check_classes,
+    confusion_matrix,
+    features,
+    last_layer,
     load_model,
+    new_network,
     normalize,
     printable,
     reason,
+    reliability,
     save_model,
-    simpleconv3,
+    scores_of,
     square,
+)
+from preprocess_lips import (
+    SIGNALS,
+    command_line,
+    cores,
+    end_output,
+    is_hidden,
+    label_font,
+    locked,
+    read_photo,
+    sweep,
     write_file,
 )
 
 gc.enable()
 gc.freeze()  # what is loaded stays to the end, where looking through it would take another second
 
-# --- recipes
+# --- recipes and settings
 
+
+class Setting(NamedTuple):
+    """A setting: parser, checks, checkpoints and the columns of --help follow from its line in `SETTINGS`."""
+
+    name: str
+    values: tuple  # of textbook, strong and finetune; what a checkpoint lacks is taken to be the first
+    help: str
+    type: object = float
+    least: float = 0
+    most: float = 1
+    more: dict = {}  # other arguments of argparse's add_argument
+
+
+def file_or_none(text):
+    return None if text == "none" else Path(text)
+
+
+INF = math.inf
 # What --recipe sets; a flag of the same name overrides it. tests/bench/README.md says how they were found.
-RECIPES = {
-    "textbook": dict(
-        weights=None, epochs=300, batch_size=64, lr=0.1, momentum=0.9, weight_decay=0.0,
-        schedule="step", step_size=100, gamma=0.1, crop=[0.08, 1.0], shift=0.0, flip=True, rotate=0.0,
-        colour=0.0, grey=0.0, smoothing=0.0, average=0.0, balance=0.0, freeze_norm=False, keep="best"),
-    "strong": dict(
-        weights=None, epochs=100, batch_size=64, lr=0.1, momentum=0.9, weight_decay=2e-3,
-        schedule="one-cycle", step_size=100, gamma=0.1, crop=[0.4, 1.4], shift=0.12, flip=True, rotate=15.0,
-        colour=0.3, grey=0.3, smoothing=0.02, average=0.99, balance=0.5, freeze_norm=False, keep="last"),
-}
-RECIPES["finetune"] = RECIPES["strong"] | dict(weights=PRETRAINED, epochs=20, lr=0.005, freeze_norm=True)
-SETTINGS = ("recipe", *RECIPES["textbook"], "seed", "amp")  # what --resume takes from the checkpoint
+SETTINGS = (
+    Setting("net", ("simpleconv3",) * 3, "network", str, more={"choices": NETWORKS, "metavar": "NAME"}),
+    Setting("weights", (None, None, PRETRAINED), "file to start from, or none", file_or_none),
+    Setting("epochs", (300, 100, 20), "passes over the training set", int, 1, INF),
+    Setting("batch_size", (64, 64, 64), "over all processes", int, 1, INF),
+    Setting("lr", (0.1, 0.1, 0.005), "highest learning rate", float, 1e-12, INF),
+    Setting("momentum", (0.9, 0.9, 0.9), "of SGD; Nesterov's with one-cycle"),
+    Setting("weight_decay", (0.0, 2e-3, 2e-3), "of SGD"),
+    Setting("schedule", ("step", "one-cycle", "one-cycle"), "of the learning rate", str,
+            more={"choices": ["step", "one-cycle"]}),
+    Setting("step_size", (100, 100, 100), "epochs between drops, with step", int, 1, INF),
+    Setting("gamma", (0.1, 0.1, 0.1), "and their factor", float, 0, INF),
+    Setting("crop", ([0.08, 1.0], [0.4, 1.4], [0.4, 1.4]), "area of random crops", float, 0.001, 4,
+            more={"nargs": 2, "metavar": ("LOW", "HIGH")}),
+    Setting("shift", (0.0, 0.12, 0.12), "of large crops, in half sides"),
+    Setting("flip", (True, True, True), "mirror half of the images", bool),
+    Setting("rotate", (0.0, 15.0, 15.0), "turns up to this many degrees", float, 0, 180),
+    Setting("colour", (0.0, 0.3, 0.3), "change of brightness, contrast ..."),
+    Setting("grey", (0.0, 0.3, 0.3), "share that loses its colour to a tint"),
+    Setting("smoothing", (0.0, 0.02, 0.02), "of the labels"),
+    Setting("average", (0.0, 0.99, 0.99), "decay of an average of the weights"),
+    Setting("mix", (1.0, 1.0, 0.5), "share of what is learnt in what --weights know already"),
+    Setting("balance", (0.0, 0.5, 0.5), "how much more rare classes count", float, 0, 10),
+    Setting("freeze_norm", (False, False, True), "keep batch norm's statistics", bool),
+    Setting("keep", ("best", "last", "last"), "epoch that model.pt gets", str,
+            more={"choices": ["best", "last"]}),
+    Setting("amp", (False, False, False), "bfloat16: faster on hardware that has it, else much slower", bool),
+    Setting("seed", (0, 0, 0), "of all that is random", int, 0, 2**31),
+)
+RECIPES = {recipe: {setting.name: setting.values[i] for setting in SETTINGS}
+           for i, recipe in enumerate(("textbook", "strong", "finetune"))}
 
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
+MANY_IMAGES = 2000  # from here on, processes of their own decode them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
-WARM_UP = 0.25  # share of a one-cycle run in which the learning rate rises
-CALIBRATION_IMAGES = 200  # with fewer for validation a temperature would be fitted to chance
-CALIBRATION_ERROR = 0.02  # up to here no temperature is needed
 FEW_IMAGES = 20  # with fewer for validation some of all images are left out in turns, too
 FEW_STEPS = 2000  # as long as that takes no more batches: seconds
 CHECKPOINT = "checkpoint.pt"
@@ -98,15 +159,6 @@ SAVE_SECONDS = 20  # a kill costs at most this much training and the epoch that 
 
 
 # --- data: every crop is decoded once, into one tensor
-
-
-# folders that disk stations (NAS) and systems put between the images: thumbnails, bins, resource forks
-OTHERS = ("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "lost+found")
-
-
-def is_hidden(name):
-    """Whether a file or folder is hidden or another program's own."""
-    return name.startswith((".", "~$")) or name.lower() in OTHERS
 
 
 def walk(folder):
@@ -122,43 +174,18 @@ def walk(folder):
     return sorted(found)
 
 
-# what Pillow has to say about metadata must cost no image, nor break the progress bar
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
-warnings.filterwarnings("ignore", module="PIL")
-# by EXIF orientation, what turns an image upright
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def load_crop(path):
-    """A crop, upright and on white where it is transparent: RGB PIL image, of JPEGs smaller than the file."""
-    with Image.open(path) as image:
-        if image.format in ("EPS", "WMF"):  # Pillow has Ghostscript or Windows run them: they are programs
-            raise ValueError(f"{image.format} is not read")
-        if image.mode.startswith(("I", "F")):  # converted, it would be white
-            raise ValueError("more than 8 bits a channel; save it with 8")
-        image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))  # JPEGs decode at a fraction of their size, much faster
-        clear = image.has_transparency_data
-        try:
-            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        except Exception:  # a damaged tag of no interest
-            turn = None
-        if clear:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("RGB")
-        return image if turn is None else image.transpose(turn)
-
-
 class CropFolder(ImageFolder):
-    """torchvision's ImageFolder, without hidden files and folders and without classes that have no image."""
+    """torchvision's ImageFolder, without hidden files and folders and without classes that have no image.
 
-    def __init__(self, root):
+    Its items are pixels as `net.predict` sees them, uint8 arrays 3 x size x size, or the OSError of an image
+    that cannot be decoded: raised in a worker of a DataLoader, it would come with a traceback.
+    """
+
+    def __init__(self, root, size):
         if not Path(root).is_dir():
             raise FileNotFoundError(f"{root}: no such folder; 'python split_train_val.py' makes it")
-        super().__init__(root, loader=load_crop)
+        super().__init__(root)
+        self.size = size
 
     def find_classes(self, directory):
         names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not is_hidden(e.name))
@@ -171,15 +198,25 @@ class CropFolder(ImageFolder):
     def make_dataset(self, directory, class_to_idx, *_, **__):
         return [(path, i) for name, i in class_to_idx.items() for path in self.paths[name]]
 
+    def __getitem__(self, index):
+        path = self.samples[index][0]
+        try:
+            return square(read_photo(path), self.size).numpy()
+        except Exception as error:  # decoders raise almost anything
+            why = getattr(error, "strerror", None) or error
+            return OSError(f"{path}: unreadable: {why}; remove it and run the command again")
+
+
+def own_cores():
+    """The cores that there are for this process, which torchrun may have started beside others."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
 
 def free_memory():
     """Bytes of memory that can be had without swapping; infinite where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-            return 1024 * int(available.split()[1])
-    except (OSError, StopIteration):
-        return math.inf
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", file.read())[1])
+    return math.inf
 
 
 def empty_images(shape, folder):
@@ -196,48 +233,29 @@ def empty_images(shape, folder):
                       f"is too small for ({error.strerror})") from None
 
 
-def load_images(paths, size, folder, name="images"):
-    """Decode images on all cores.
+def progress(things, what, unit, total=None):
+    """The things, with a progress bar, or one line where there is no terminal."""
+    if not sys.stderr.isatty():
+        print(f"{what} ...", flush=True)
+    return tqdm(things, what, total, unit=unit, leave=False, disable=None)
 
-    Parameters
-    ----------
-    paths : list of path-like
-    size : int
-        Side of the results: the shorter side is resized to it, the central square kept.
-    folder : path-like
-        Where an unnamed file takes the images that do not fit in half of the free memory.
-    name : str
-        Shown at the progress bar.
 
-    Returns
-    -------
-    uint8 tensor of shape (len(paths), 3, size, size)
+def load_images(crops, indices=None, folder="."):
+    """Decode the images of a `CropFolder`, many of them on all cores: uint8 tensor N x 3 x size x size.
 
-    Raises
-    ------
-    OSError
-        An image cannot be decoded; the message names it.
+    `indices` says which (default: all). Where half of the free memory is too little, an unnamed file in
+    `folder` takes them. Raises an OSError that names the image where one cannot be decoded.
     """
-    images = empty_images((len(paths), 3, size, size), folder)
-
-    def decode(some):
-        for i in some:
-            try:
-                images[i] = square(load_crop(paths[i]), size).numpy()
-            except Exception as error:  # decoders raise almost anything
-                raise OSError(f"{paths[i]}: not a readable image ({error}); "
-                              "remove it and run the command again") from None
-        return len(some)
-
-    batches = [range(i, min(i + 64, len(paths))) for i in range(0, len(paths), 64)]
-    with (ThreadPoolExecutor(os.cpu_count()) as pool,
-          tqdm(total=len(paths), desc=name, unit="image", leave=False, disable=None) as bar):
-        try:
-            for done in pool.map(decode, batches):
-                bar.update(done)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    indices = range(len(crops)) if indices is None else indices
+    images = empty_images((len(indices), 3, crops.size, crops.size), folder)
+    # lists of arrays come through pipes: for tensors a container's shared memory is often too small
+    loader = DataLoader(Subset(crops, indices), 64, collate_fn=list,
+                        num_workers=own_cores() if len(indices) >= MANY_IMAGES else 0)
+    decoded = itertools.chain.from_iterable(loader)
+    for i, image in enumerate(progress(decoded, f"reading {crops.root}", "image", len(indices))):
+        if isinstance(image, OSError):
+            raise image
+        images[i] = image
     return torch.from_numpy(images)
 
 
@@ -249,33 +267,21 @@ class Data(NamedTuple):
     labels: torch.Tensor  # int64 N
     val_images: torch.Tensor  # uint8 N x 3 x 48 x 48
     val_labels: torch.Tensor  # int64 N
+    val_paths: list  # of str
     counts: torch.Tensor  # training images of each class: int64
     sizes: dict  # number of images, "train" and "val"
     identity: str  # a hash of names and sizes of the files
 
 
 def load_data(data, rank=0, world=1):
-    """Read ``data/train`` and ``data/val``.
+    """Read ``data/train`` and ``data/val``: `Data`.
 
-    Parameters
-    ----------
-    data : Path
-    rank, world : int
-        Of the images in random order, every `world`-th from `rank` on is loaded. Where that leaves a
-        process one training image less, it gets another one twice: all must take the same number of steps.
-
-    Returns
-    -------
-    Data
-
-    Raises
-    ------
-    OSError
-        A folder is missing or empty, or an image cannot be decoded.
-    ValueError
-        There are fewer than two classes, or a class is only on one side.
+    Of the images in random order, every `world`-th from `rank` on is loaded. Where that leaves a process one
+    training image less, it gets another one twice: all must take the same number of steps. Raises an OSError
+    where a folder is missing or empty or an image cannot be decoded, and a ValueError where there are fewer
+    than two classes or a class is only on one side.
     """
-    train, val = CropFolder(data / "train"), CropFolder(data / "val")
+    train, val = CropFolder(data / "train", IMAGE_SIZE), CropFolder(data / "val", CROP_SIZE)
     for here, there in ((train, val), (val, train)):
         for name in sorted(set(here.classes) - set(there.classes)):
             n = here.targets.count(here.class_to_idx[name])
@@ -289,178 +295,131 @@ def load_data(data, rank=0, world=1):
         raise ValueError(f"{train.root}: only one class, {classes[0]}; "
                          "a classifier needs two or more folders of photos")
     tensors = []
-    for folder, size in ((train, IMAGE_SIZE), (val, CROP_SIZE)):
+    for folder in (train, val):
         if len(folder) < world:
             raise ValueError(f"{folder.root}: {len(folder)} images are too few for {world} processes; "
                              "start fewer")
-        samples = folder.samples
+        order = list(range(len(folder)))
         if world > 1:  # class by class, neighbours are alike: in random order every share holds all classes
             order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist()
-            samples = [samples[i] for i in order]
-        share = samples[rank::world]
+        share = order[rank::world]
         if folder is train and len(share) < math.ceil(len(folder) / world):
             share.append(share[0])
-        paths, labels = zip(*share)
-        tensors += [load_images(paths, size, data, Path(folder.root).name), torch.tensor(labels)]
+        tensors += [load_images(folder, share, data), torch.tensor(folder.targets)[share]]
     files = [(path, os.path.getsize(path)) for folder in (train, val) for path, _ in folder.samples]
     names = [(os.path.relpath(path, data), size) for path, size in files]
     identity = hashlib.sha1(repr(names).encode("utf-8", "surrogateescape")).hexdigest()
     counts = torch.bincount(torch.tensor(train.targets), minlength=len(classes))
-    return Data(classes, *tensors, counts, {"train": len(train), "val": len(val)}, identity)
+    return Data(classes, *tensors, [val.samples[i][0] for i in share], counts,
+                {"train": len(train), "val": len(val)}, identity)
 
 
-# --- augmentation: random crops, turns and colours of a whole batch, with one resampling
+# --- augmentation of a whole batch: where to look, one resampling for all of it, and how it looks
 
 
-def random_boxes(n, generator, area=(0.08, 1.0), shift=0.0):
-    """Random crops of a square image, by default distributed as torchvision's ``RandomResizedCrop``.
+def random_crop(views, generator, settings):
+    """Random crops of square images, by default distributed as torchvision's ``RandomResizedCrop``.
 
-    Parameters
-    ----------
-    n : int
-    generator : torch.Generator
-        Its device is the result's.
-    area : pair of floats
-        The crop's share of the image's area is uniform between the two; over 1 it goes beyond the border. The
-        logarithm of width over height is uniform in that of `RATIO`.
-    shift : float
-        A crop as large as the image is off its centre by up to this share of half the side.
-
-    Returns
-    -------
-    float tensor of shape (n, 4)
-        Centre x, centre y, half width, half height; the image spans -1 to 1.
+    The crop's share of the image's area is uniform between the two numbers of ``settings.crop``; over 1 it
+    goes beyond the border. The logarithm of width over height is uniform in that of `RATIO`. A crop as large
+    as the image is off its centre by up to ``settings.shift`` times half the side.
     """
-    u = torch.rand(n, 22, generator=generator, device=generator.device)
-    areas = area[0] + (area[1] - area[0]) * u[:, :10]
-    low, high = np.log(RATIO[0]), np.log(RATIO[1])
-    aspect = (low + (high - low) * u[:, 10:20]).exp()
-    half = torch.stack([(areas * aspect).sqrt(), (areas / aspect).sqrt()], 2)
+    n, (low, high) = len(views), settings.crop
+    u = torch.rand(n, 22, generator=generator, device=views.device)
+    areas = low + (high - low) * u[:, :10]
+    narrow, wide = math.log(RATIO[0]), math.log(RATIO[1])
+    aspect = (narrow + (wide - narrow) * u[:, 10:20]).exp()
+    half = torch.stack([(areas * aspect).sqrt(), (areas / aspect).sqrt()], 2)  # width and height
     # the first of ten tries that fits; the whole image where none does
-    fits = (half <= 1).all(2) | (area[1] > 1)
+    fits = (half <= 1).all(2) | (high > 1)
     first = fits.float().argmax(1)
     half = half.gather(1, first[:, None, None].expand(-1, 1, 2))[:, 0]
     half = torch.where(fits.any(1, keepdim=True), half, torch.ones_like(half))
-    centre = (2 * u[:, 20:] - 1) * (1 - half).abs().clamp(min=shift)
-    return torch.cat([centre, half], 1)
+    centre = (2 * u[:, 20:] - 1) * (1 - half).abs().clamp(min=settings.shift)
+    return torch.cat([torch.diag_embed(half), centre[..., None]], 2)
 
 
-def resample(images, boxes, angles=None, size=CROP_SIZE):
-    """Cut boxes out of images and scale them to squares, in one bilinear pass.
+def random_flip(views, generator, settings):
+    """Mirror every other image."""
+    if not settings.flip:
+        return views
+    mirrored = torch.rand(len(views), generator=generator, device=views.device) < 0.5
+    return torch.where(mirrored[:, None, None], views * views.new_tensor([-1, 1, 1]), views)
 
-    Parameters
-    ----------
-    images : uint8 tensor of shape (N, 3, H, W), H and W equal
-    boxes : float tensor of shape (N, 4)
-        As `random_boxes` makes them; a negative half width mirrors.
-    angles : float tensor of shape (N,), optional
-        Radians by which the boxes are turned about their centres; beyond the image its border continues.
-    size : int
 
-    Returns
-    -------
-    float32 tensor of shape (N, 3, size, size), values 0 to 255
+def random_turn(views, generator, settings):
+    """Turn about the crop's centre, by up to ``settings.rotate`` degrees to either side."""
+    if not settings.rotate:
+        return views
+    u = torch.rand(len(views), generator=generator, device=views.device)
+    angles = (2 * u - 1) * math.radians(settings.rotate)
+    cos, sin = angles.cos(), angles.sin()
+    turns = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+    return torch.cat([turns @ views[:, :, :2], views[:, :, 2:]], 2)
+
+
+def random_colour(images, generator, settings):
+    """Change brightness, contrast and saturation, each by a factor from 1 - colour to 1 + colour.
+
+    The share ``settings.grey`` of the images loses its colour and is tinted, each channel by such a factor: a
+    network that sees only grey photos would answer to colour with whatever its first weights happened to be.
     """
-    line = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=boxes.device)
-    x = (boxes[:, 2:3] * line)[:, None, :]
-    y = (boxes[:, 3:4] * line)[:, :, None]
-    if angles is not None:
-        cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
-        x, y = x * cos - y * sin, x * sin + y * cos
-    x, y = x + boxes[:, 0, None, None], y + boxes[:, 1, None, None]
-    grid = torch.stack([x.expand(-1, size, -1), y.expand(-1, -1, size)], 3)
-    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-
-
-def jitter(images, generator, strength, grey):
-    """Change brightness, contrast and saturation, each by a factor between 1 - strength and 1 + strength.
-
-    Images that lose their colour are tinted, each channel by such a factor: a network that sees only grey
-    photos would answer to colour with whatever its first weights happened to be.
-
-    Parameters
-    ----------
-    images : float tensor of shape (N, 3, H, W), values 0 to 255
-    generator : torch.Generator
-    strength : float
-    grey : float
-        Share of the images that lose their colour.
-
-    Returns
-    -------
-    float tensor of the same shape and range
-    """
+    if not (settings.colour or settings.grey):
+        return images
     u = torch.rand(len(images), 7, 1, 1, generator=generator, device=images.device)
-    contrast, saturation, brightness, tint = (1 + strength * (2 * u[:, :6] - 1)).split([1, 1, 1, 3], 1)
-    loses = u[:, 6:] < grey
+    contrast, saturation, brightness, tint = (1 + settings.colour * (2 * u[:, :6] - 1)).split([1, 1, 1, 3], 1)
+    loses = u[:, 6:] < settings.grey
     saturation, tint = saturation.masked_fill(loses, 0), tint.masked_fill(~loses, 1)
     red, green, blue = images.split(1, 1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     mean = luma.mean((2, 3), keepdim=True)
     images = luma.lerp(images, saturation)
-    return mean.lerp(images, contrast).mul(brightness * tint).clamp(0, 255)
+    return mean.lerp(images, contrast).mul_(brightness * tint).clamp_(0, 255)
 
 
-def augment(images, generator, crop=(0.08, 1.0), shift=0.0, flip=True, rotate=0.0, colour=0.0, grey=0.0):
-    """Training images as the network sees them.
+# Each takes and returns what part of its image the network sees, float N x 2 x 3: the affine map from the
+# result's coordinates to the image's, both from -1 to 1. All are one resampling, which is why it is fast.
+VIEWS = [random_crop, random_flip, random_turn]
+# Each takes and returns pixels: float N x 3 x 48 x 48, 0 to 255. All get a torch.Generator and the settings.
+LOOKS = [random_colour]
 
-    Parameters
-    ----------
-    images : uint8 tensor of shape (N, 3, 64, 64)
-    generator : torch.Generator
-    crop, shift : pair of floats, float
-        Area and shift of the random crops; see `random_boxes`.
-    flip : bool
-        Mirror every other image.
-    rotate : float
-        Largest angle of the random turns in degrees.
-    colour, grey : float
-        See `jitter`.
 
-    Returns
-    -------
-    float tensor of shape (N, 3, 48, 48), values -1 to 1
+def augment(images, generator, settings):
+    """Training images, uint8 N x 3 x 64 x 64, as the network sees them: float N x 3 x 48 x 48, -1 to 1.
+
+    `generator` is a torch.Generator of the images' device, `settings` an argparse.Namespace of `SETTINGS`.
     """
-    n, device = len(images), images.device
-    boxes = random_boxes(n, generator, crop, shift)
-    if flip:
-        mirrored = torch.rand(n, generator=generator, device=device) < 0.5
-        boxes[:, 2] = torch.where(mirrored, -boxes[:, 2], boxes[:, 2])
-    angles = None
-    if rotate:
-        angles = (2 * torch.rand(n, generator=generator, device=device) - 1) * (rotate * np.pi / 180)
-    pixels = resample(images, boxes, angles)
-    if colour or grey:
-        pixels = jitter(pixels, generator, colour, grey)
+    views = torch.eye(2, 3, device=images.device).expand(len(images), -1, -1)
+    for change in VIEWS:
+        views = change(views, generator, settings)
+    pixels = resample(images, views)
+    for change in LOOKS:
+        pixels = change(pixels, generator, settings)
     return normalize(pixels)
 
 
-# --- one epoch
+def resample(images, views, size=CROP_SIZE):
+    """Images as affine maps show them, see `VIEWS`; their border goes on: float N x 3 x size x size."""
+    # what F.affine_grid computes, in half the time
+    line = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=views.device)[:, None]
+    across, down, shift = (part[:, None, :, 0] for part in views.split(1, 2))
+    grid = (down * line + shift)[:, :, None] + (across * line)[:, None]
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
-def class_weights(counts, power):
-    """Weights of the classes in the loss: (mean count / count) ** power, so that rare classes count more.
-
-    Parameters
-    ----------
-    counts : int tensor of shape (nclass,), at least 1
-    power : float
-        0: all equal; 1: every class counts the same in sum.
-
-    Returns
-    -------
-    float tensor of shape (nclass,)
-    """
-    return (counts.sum() / (len(counts) * counts)).float() ** power
+# --- what learns, and how
 
 
-def make_criterion(weights=None, smoothing=0.0):
+def make_criterion(counts, balance, smoothing):
     """The loss: mean cross-entropy of logits N x nclass and labels N, samples weighted by their class.
 
-    nn.CrossEntropyLoss weighs the smoothed labels, too, and so smooths towards rare classes.
+    A class of which there are `counts[i]` training images, at least 1, weighs (mean count / its count) **
+    `balance`: with 0 all samples count the same, with 1 all classes. nn.CrossEntropyLoss weighs the smoothed
+    labels, too, and so smooths towards rare classes.
     """
-    if weights is None:
+    if not balance:
         return nn.CrossEntropyLoss(label_smoothing=smoothing)
+    weights = (counts.sum() / (len(counts) * counts)).float() ** balance
 
     def criterion(logits, labels):
         losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
@@ -469,36 +428,17 @@ def make_criterion(weights=None, smoothing=0.0):
     return criterion
 
 
-def one_cycle(done):
-    """Share of the highest learning rate when `done` (0 to 1) of a run is over: up and down along cosines."""
-    if done < WARM_UP:
-        return 0.04 + 0.96 * (1 - math.cos(math.pi * done / WARM_UP)) / 2
-    return (1 + math.cos(math.pi * (min(done, 1) - WARM_UP) / (1 - WARM_UP))) / 2
+def make_average(net, decay, start=()):
+    """Exponential moving average of a network's weights and statistics: AveragedModel.
 
-
-def make_scheduler(optimizer, schedule, steps, epochs, step_size, gamma):
-    """The learning rate's scheduler, whose ``step()`` is called after every batch, `steps` times an epoch."""
-    if schedule == "step":
-        return StepLR(optimizer, step_size * steps, gamma)
-    return LambdaLR(optimizer, lambda step: one_cycle(step / (steps * epochs)))
-
-
-def make_average(net, decay):
-    """Exponential moving average of a network's weights and statistics; a young average forgets faster.
-
-    Parameters
-    ----------
-    net : nn.Module
-    decay : float
-        The n-th update keeps min(decay, n / (n + 10)) of the average.
-
-    Returns
-    -------
-    AveragedModel
+    The n-th update keeps min(decay, n / (n + 10)) of it: a young average forgets faster. With a `start`, see
+    `halfway`, each update takes a share of the network and the rest of the start, so that the average is
+    always on the way between the two.
     """
     def update(averages, values, _):
         n = int(average.n_averaged)  # on the CPU, unlike the one that is handed over
         if averages[0].is_floating_point():
+            values = [tensor.lerp(value, share) for value, (tensor, share) in zip(values, start)] or values
             torch._foreach_lerp_(averages, values, 1 - min(decay, n / (n + 10)))
         else:  # the number of batches that batch norm has seen
             torch._foreach_copy_(averages, values)
@@ -508,86 +448,139 @@ def make_average(net, decay):
     return average
 
 
-def train_epoch(
-        model, images, labels, optimizer, scheduler, batch_size, generator, augment, criterion, average=None,
-        freeze_norm=False, amp=False):
-    """One pass over the training set.
+def halfway(net, old, mix):
+    """What keeps a network halfway to an old one whose place it takes: list of pairs (tensor, share).
+
+    Otherwise photos of a few people, or another idea of what a class means, cost most of what the old one
+    knows of others. After Wortsman et al. 2022, "Robust fine-tuning of zero-shot models". New classes are
+    learnt whole; so is all where some of the old ones are gone, since the task is another one then.
+    """
+    if not old or mix == 1 or set(old.classes) - set(net.classes):
+        return []
+    new = torch.tensor([name not in old.classes for name in net.classes])
+    tensors = dict(itertools.chain(net.named_parameters(), net.named_buffers()))
+    last = last_layer(net)[0]
+    shares = {f"{last}.weight": torch.where(new, 1, mix)[:, None], f"{last}.bias": torch.where(new, 1, mix)}
+    return [(tensor.detach().clone(), shares.get(key, torch.tensor(mix)).to(tensor))
+            for key, tensor in tensors.items() if tensor.is_floating_point()]
+
+
+def make_net(name, classes, old=None):
+    """A network with random weights, or with those of an old one, as `net.load_model` returns it.
+
+    The last layer's weights are taken for classes of the same name; other classes begin at random. Raises a
+    ValueError where the old one is another kind of network.
+    """
+    net = new_network(name, classes)
+    if not old:
+        return net
+    if old.network != name:
+        raise ValueError(f"{old.path}: weights of {old.network}, but --net is {name}; "
+                         f"add --net {old.network}, or --weights none to begin with random ones")
+    last = last_layer(net)[0] + "."
+    state, theirs = net.state_dict(), old.state_dict()
+    for key, value in theirs.items():
+        if not key.startswith(last):
+            state[key] = value
+        else:
+            for i, label in enumerate(classes):
+                if label in old.classes:
+                    state[key][i] = value[old.classes.index(label)]
+    net.load_state_dict(state)
+    return net
+
+
+class Learner:
+    """A network and what trains it, as the settings say; ``judged`` is what is validated and kept.
 
     Parameters
     ----------
-    model : simpleconv3, or one in DistributedDataParallel
-    images, labels : uint8 tensor of shape (N, 3, 64, 64), int64 tensor of shape (N,)
-    optimizer, scheduler
-        The scheduler steps after every batch.
-    batch_size : int
-        Of this process.
-    generator : torch.Generator
-        Draws the order of the images and what `augment` does to them.
-    augment : callable
-        Takes images and generator, returns network input.
-    criterion : callable
-        Takes logits and labels, returns the mean loss.
-    average : AveragedModel, optional
-        Updated after every batch.
-    freeze_norm : bool
-        Leave batch norm's statistics as they are; those of a few photos would be worse than those of many.
-    amp : bool
-        Compute in bfloat16 where that is safe.
-
-    Returns
-    -------
-    (float, float)
-        Loss and accuracy, means over the samples of all processes, as they were when each batch was seen.
+    settings : argparse.Namespace
+    classes, counts : sequence of str, int tensor of shape (nclass,)
+        Names, and number of training images of each.
+    steps, batch_size : int
+        Batches of an epoch, and images of a batch that this process takes.
+    device : torch.device
+    old : nn.Module, optional
+        Network to start from.
     """
-    model.train()
-    for layer in model.modules() if freeze_norm else ():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.eval()
-    sums = torch.zeros(3, device=images.device)  # loss, hits, samples; nothing in the loop waits for it
-    for batch in torch.randperm(len(images), generator=generator, device=images.device).split(batch_size):
-        inputs, target = augment(images.index_select(0, batch), generator), labels[batch]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            logits = model(inputs)
-        loss = criterion(logits.float(), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        if average:
-            average.update_parameters(model)
-        with torch.no_grad():
-            hits = (logits.argmax(1) == target).sum()
-            sums += torch.stack([loss * len(batch), hits, sums.new_full((), len(batch))])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    loss, hits, n = sums.tolist()
-    return loss / n, hits / n
+
+    def __init__(self, settings, classes, counts, steps, device, batch_size, old=None):
+        torch.manual_seed(settings.seed)
+        torch.backends.cudnn.deterministic = True  # on a GPU, too, the same seed gives the same bits
+        self.settings, self.steps, self.device, self.batch_size = settings, steps, device, batch_size
+        self.net = make_net(settings.net, classes, old).to(device)
+        if settings.amp:
+            self.net.to(memory_format=torch.channels_last)
+        self.model = DistributedDataParallel(self.net) if dist.is_initialized() else self.net
+        self.optimizer = optim.SGD(
+            self.net.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay,
+            nesterov=settings.schedule == "one-cycle" and settings.momentum > 0, fused=True)
+        if settings.schedule == "step":
+            self.scheduler = StepLR(self.optimizer, settings.step_size * steps, settings.gamma)
+        else:
+            self.scheduler = OneCycleLR(self.optimizer, settings.lr, steps * settings.epochs, pct_start=0.25,
+                                        final_div_factor=1e9, cycle_momentum=False)
+        self.start = halfway(self.net, old, settings.mix)
+        averaged = settings.average or settings.weights and settings.mix < 1
+        self.average = make_average(self.net, settings.average, self.start) if averaged else None
+        self.criterion = make_criterion(counts.to(device), settings.balance, settings.smoothing)
+        self.judged = self.average.module if self.average else self.net
+
+    def train_epoch(self, images, labels, generator):
+        """One pass over the training set: (loss, accuracy), floats.
+
+        They are means over the samples of all processes, as they were when each batch was seen. `images` and
+        `labels` are uint8 N x 3 x 64 x 64 and int64 N; `generator` draws their order and what `augment` does.
+        """
+        self.model.train()
+        for layer in self.model.modules() if self.settings.freeze_norm else ():
+            if isinstance(layer, nn.BatchNorm2d):  # a few photos' statistics are worse than those of many
+                layer.eval()
+        sums = torch.zeros(3, device=images.device)  # loss, hits, samples; nothing in the loop waits for it
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        for batch in order.split(self.batch_size):
+            inputs, target = augment(images.index_select(0, batch), generator, self.settings), labels[batch]
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.amp):
+                logits = self.model(inputs)
+            loss = self.criterion(logits.float(), target)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            if self.average:
+                self.average.update_parameters(self.model)
+            with torch.no_grad():
+                hits = (logits.argmax(1) == target).sum()
+                sums += torch.stack([loss * len(batch), hits, sums.new_full((), len(batch))])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        loss, hits, n = sums.tolist()
+        return loss / n, hits / n
 
 
 # --- validation
 
 
 @torch.inference_mode()
-def evaluate(net, images, labels, batch_size=128):
-    """Loss and predictions on validation images.
+def logits_of(net, images, batch_size=128):
+    """Logits, float tensor N x nclass, of images, N x 3 x 48 x 48, 0 to 255."""
+    net.eval()
+    return torch.cat([net(normalize(batch)) for batch in images.split(batch_size)])
 
-    Parameters
-    ----------
-    net : simpleconv3
-    images, labels : uint8 tensor of shape (N, 3, 48, 48), int64 tensor of shape (N,)
-    batch_size : int
+
+@torch.inference_mode()
+def evaluate(net, images, labels, batch_size=128):
+    """Loss and predictions on validation images, uint8 N x 3 x 48 x 48, with labels, int64 N.
 
     Returns
     -------
-    loss : float tensor
-        Sum over the samples; over those of all processes where there are several.
-    matrix : float tensor of shape (nclass, nclass)
-        The confusion matrix: counts, rows are true classes, columns predicted ones; likewise.
+    loss, matrix : float tensors, scalar and of shape (nclass, nclass)
+        Sum over the samples and confusion matrix; over those of all processes where there are several.
     logits : float tensor of shape (N, nclass)
         Of this process's images.
     """
-    net.eval()
-    logits = torch.cat([net(normalize(batch)) for batch in images.split(batch_size)])
+    logits = logits_of(net, images, batch_size)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     matrix = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
     if dist.is_initialized():
@@ -596,123 +589,16 @@ def evaluate(net, images, labels, batch_size=128):
     return loss, matrix, logits
 
 
-def confusion_matrix(predicted, labels, nclass):
-    """Counts, float nclass x nclass: rows are true classes, columns predicted ones."""
-    return torch.bincount(labels * nclass + predicted, minlength=nclass**2).view(nclass, nclass).float()
+def score(epoch, train_loss, train_acc, val_loss, matrix):
+    """The scores of an epoch as `Run`, curves and model.json know them: dict of numbers."""
+    return {
+        "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc,
+        "val_loss": float(val_loss / matrix.sum()), "val_acc": float(matrix.trace() / matrix.sum()),
+        "val_balanced": balanced(matrix),
+    }
 
 
-def calibration_error(probabilities, labels, bins=15):
-    """Expected calibration error: mean distance of confidence and accuracy over bins of confidence.
-
-    Parameters
-    ----------
-    probabilities : float tensor of shape (N, nclass), rows that sum to 1
-    labels : int64 tensor of shape (N,)
-    bins : int
-
-    Returns
-    -------
-    float
-        0 (as sure as right) to 1. After Guo et al. 2017, "On Calibration of Modern Neural Networks".
-    """
-    confidence, predicted = probabilities.max(1)
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    gap = (predicted == labels).float() - confidence
-    return float(torch.zeros(bins, device=gap.device).index_add(0, place, gap).abs().sum() / len(labels))
-
-
-def fit_temperature(logits, labels):
-    """The number by which logits must be divided so that their softmax fits the labels best: 0.2 to 5.
-
-    From the same paper; the cross-entropy is computed for 200 temperatures and the best one taken.
-    """
-    logits, labels = logits.cpu(), labels.cpu()  # Apple's devices have no logspace
-    temperatures = torch.logspace(-0.7, 0.7, 200)
-    losses = torch.stack([F.cross_entropy(logits / t, labels) for t in temperatures])
-    return float(temperatures[losses.argmin()])
-
-
-def calibrate(logits, labels):
-    """Calibration error of logits, and the temperature that mends it where it is large: dict."""
-    error = calibration_error(logits.softmax(1), labels)
-    fit = len(labels) >= CALIBRATION_IMAGES and error > CALIBRATION_ERROR
-    return {"calibration_error": round(error, 4),
-            "temperature": round(fit_temperature(logits, labels), 4) if fit else 1.0}
-
-
-# --- curves
-
-
-def drawable(classes):
-    """Class names in the letters of Pillow's own font."""
-    return [name if name.isascii() else f"class {i}" for i, name in enumerate(map(printable, classes))]
-
-
-def fitting(name, font, width):
-    """The name, or as much of its beginning as fits into `width` pixels, and three dots."""
-    while font.getlength(name) > width:
-        name = name.removesuffix("...")[:-1] + "..."
-    return name
-
-
-def draw_matrix(matrix, classes, cell=84):
-    """A confusion matrix as a picture: uint8 array H x W x 3; rows true, columns predicted."""
-    names = drawable(classes)
-    font = ImageFont.load_default(14)
-    longest = int(max(font.getlength(name) for name in names))
-    left, wide = 24 + longest, max(cell, min(longest + 12, 2 * cell))
-    picture = Image.new("RGB", (left + wide * len(names) + 12, cell * len(names) + 56), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((8, 8), "true (rows), predicted (columns)", "grey", font)
-    matrix = matrix.cpu()
-    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    for i, name in enumerate(names):
-        y = 52 + i * cell
-        draw.text((8, y + cell / 2), name, "black", font, "lm")
-        draw.text((left + i * wide + wide / 2, 46), fitting(name, font, wide - 8), "black", font, "ms")
-        for j in range(len(names)):
-            x, depth = left + j * wide, float(share[i, j])
-            fill = tuple(round(255 - depth * (255 - c)) for c in (31, 98, 168))
-            draw.rectangle((x, y, x + wide - 2, y + cell - 2), fill)
-            ink = "white" if depth > 0.5 else "black"
-            draw.text((x + wide / 2, y + cell / 2 - 8), str(int(matrix[i, j])), ink, font, "mm")
-            draw.text((x + wide / 2, y + cell / 2 + 12), f"{depth:.0%}", ink, font, "mm")
-    return np.asarray(picture)
-
-
-def draw_mistakes(images, labels, probabilities, classes, columns=6, rows=3, side=144):
-    """The surest of the wrong predictions as a picture: uint8 array H x W x 3.
-
-    Parameters
-    ----------
-    images : uint8 tensor of shape (N, 3, 48, 48)
-    labels : int64 tensor of shape (N,)
-    probabilities : float tensor of shape (N, nclass)
-    classes : sequence of str
-    columns, rows : int
-        There are at most columns x rows images, the surest first.
-    side : int
-        Of an image in the picture, in pixels.
-    """
-    names, font = drawable(classes), ImageFont.load_default(14)
-    confidence, predicted = probabilities.max(1)
-    wrong = (predicted != labels).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True)][:columns * rows].tolist()
-    width, height = side + 12, side + 46
-    lines = max(1, math.ceil(len(worst) / columns))
-    picture = Image.new("RGB", (columns * width + 12, lines * height + 36), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((12, 8), f"{len(wrong):,} of {len(labels):,} are wrong; the surest first", "grey", font)
-    for place, i in enumerate(worst):
-        x, y = 12 + place % columns * width, 36 + place // columns * height
-        image = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
-        picture.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        texts = ((names[int(predicted[i])], f"  {float(confidence[i]):.1%}", (178, 34, 34)),
-                 (names[int(labels[i])], "  is true", "black"))
-        for line, (name, more, ink) in enumerate(texts):
-            name = fitting(name, font, side - font.getlength(more))
-            draw.text((x, y + side + 3 + 18 * line), name + more, ink, font)
-    return np.asarray(picture)
+# --- curves and pictures
 
 
 def evenly(n, most):
@@ -721,28 +607,16 @@ def evenly(n, most):
 
 
 class Curves:
-    """What TensorBoard shows of a run: scalars every epoch; what takes longer about ten times a run.
+    """What TensorBoard shows of a `Run`: scalars every epoch; what takes longer about ten times a run.
 
-    With several processes the first one writes. Scalars and confusion matrix are then those of all images;
-    the worst mistakes, the precision-recall curves and the projector show its own share.
-
-    Parameters
-    ----------
-    run : Run
-        After a resumption its folder holds the curves up to ``run.epoch``; what comes after it is dropped.
-    net : simpleconv3
-    sample : float tensor of shape (N, 3, 48, 48)
-        Network inputs as training sees them.
-    images, labels : uint8 tensor of shape (N, 3, 48, 48), int64 tensor of shape (N,)
-        For validation.
+    With several processes the first one writes. Scalars are then those of all images; the precision-recall
+    curves and the projector show its own share. After a resumption what comes after ``run.epoch`` is dropped.
     """
 
     def __init__(self, run, net, sample, images, labels):
+        """`sample` is network inputs as training sees them; images and labels are those of validation."""
         self.run, self.net, self.images, self.labels = run, net, images, labels
         self.names = [printable(name) for name in run.classes]
-        # in titles, for which a browser has the letters that the pictures lack
-        renamed = [(drawn, name) for drawn, name in zip(drawable(run.classes), self.names) if drawn != name]
-        self.legend = "".join(f", {drawn} is {name}" for drawn, name in renamed)
         purge = run.epoch + 1 if run.epoch else None
         # a short queue would make training wait
         self.writer = SummaryWriter(run.log_dir, purge_step=purge, max_queue=1000)
@@ -764,42 +638,28 @@ class Curves:
             self.writer.add_graph(net.eval(), sample[:1])
 
     def add_epoch(self, scores, rate, matrix, logits, judged):
-        """Write an epoch's curves.
+        """Write an epoch's curves: of each score, see `score`, and of what the network `judged` made of it.
 
-        Parameters
-        ----------
-        scores : dict
-        rate : float
-            The learning rate with which the epoch began.
-        matrix : float tensor of shape (nclass, nclass)
-            Confusion matrix; rows are true classes.
-        logits : float tensor of shape (N, nclass)
-            Of the validation images.
-        judged : simpleconv3
-            That gave the logits.
+        `rate` is the learning rate with which the epoch began, `matrix` the confusion matrix; `logits` are
+        those of this process's validation images.
         """
         epoch, epochs, add = scores["epoch"], self.run.settings["epochs"], self.writer
-        for tag in ("train_loss", "train_acc", "val_loss", "val_acc", "val_balanced"):
-            add.add_scalar(f"data/{tag.replace('_', '')}", scores[tag], epoch)
+        for name in scores.keys() - {"epoch"}:
+            add.add_scalar(f"data/{name.replace('_', '')}", scores[name], epoch)
         add.add_scalar("learning rate", rate, epoch)
         for name, recall in zip(self.names, (matrix.diagonal() / matrix.sum(1)).tolist()):
             add.add_scalar(f"recall/{name}", recall, epoch)
         if epoch % math.ceil(epochs / 10) and epoch != epochs:
             return
-        # TensorBoard's table of settings shows the first five tags: these
         for key in ("val_acc", "val_balanced", "val_loss"):
-            add.add_scalar(f"best/{key}", self.run.best[key], epoch)
-        add.add_scalar("best/seconds", self.run.seconds, epoch)
+            add.add_scalar(f"run/best_{key}", self.run.best[key], epoch)
+        add.add_scalar("run/seconds", self.run.seconds, epoch)
         probabilities = logits.softmax(1)
-        mistakes = draw_mistakes(self.images, self.labels, probabilities, self.run.classes)
-        matrix = draw_matrix(matrix, self.run.classes)
-        add.add_image("confusion matrix" + self.legend, matrix, epoch, dataformats="HWC")
-        add.add_image("worst mistakes" + self.legend, mistakes, epoch, dataformats="HWC")
         for i, name in enumerate(self.names):
             add.add_pr_curve(f"precision and recall/{name}", self.labels == i, probabilities[:, i], epoch)
         for name, parameter in self.net.named_parameters():
             values = parameter.detach().flatten()
-            # 10,000 of fc1's 1.4 million show the same histogram in a hundredth of the time
+            # 10,000 of a million weights show the same histogram in a hundredth of the time
             some = values[evenly(len(values), 10_000).to(values.device)]
             add.add_histogram(name.replace(".", "/"), some, epoch, bins=60)
         if epoch == epochs:
@@ -808,16 +668,102 @@ class Curves:
 
     @torch.inference_mode()
     def project(self, judged, probabilities, epoch, most=1000):
-        """Write the 128 features of at most `most` validation images for TensorBoard's projector."""
+        """Write the features of at most `most` validation images for TensorBoard's projector."""
         chosen = evenly(len(self.images), most).to(self.images.device)
         images = self.images[chosen]
         confidence, predicted = probabilities[chosen].max(1)
         triples = zip(self.labels[chosen].tolist(), predicted.tolist(), confidence.tolist())
         rows = [(self.names[true], self.names[ours], f"{sure:.3f}", "yes" if ours == true else "no")
                 for true, ours, sure in triples]
-        self.writer.add_embedding(
-            judged.features(normalize(images)), rows, images / 255, epoch, "features",
-            ["true", "predicted", "probability", "right"])
+        self.writer.add_embedding(features(judged, normalize(images)), rows, images / 255, epoch, "features",
+                                  ["true", "predicted", "probability", "right"])
+
+
+def draw_sheet(history, kept, matrix, probabilities, images, labels, paths, classes):
+    """One picture of a run: curves, confusion matrix, reliability, surest mistakes: uint8 array H x W x 3.
+
+    `history` has the scores of all epochs; all but the curves is of the weights of epoch `kept`: matrix
+    (nclass x nclass, rows true), probabilities (N x nclass), images (uint8 N x 3 x 48 x 48), labels, paths.
+    """
+    import matplotlib  # here: it takes half a second to load
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties, fontManager
+
+    names = [name if len(name) < 16 else name[:14] + "…" for name in map(printable, classes)]
+    family = ["DejaVu Sans"]
+    font, _ = label_font("".join(names), 10)  # one that has the letters
+    if isinstance(path := getattr(font, "path", None), str):
+        fontManager.addfont(path)
+        family.append(FontProperties(fname=path).get_name())
+    with matplotlib.rc_context({"font.family": family, "font.size": 9, "axes.titlesize": 10}):
+        figure = Figure((13, 9), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2))
+        left, right = bottom.subfigures(1, 2, width_ratios=(1, 1))
+        loss, accuracy, trust = top.subplots(1, 3)
+        draw_curves(loss, history, kept, "loss")
+        draw_curves(accuracy, history, kept, "acc")
+        draw_reliability(trust, probabilities, labels)
+        draw_matrix(left.subplots(), matrix, names)
+        draw_mistakes(right, probabilities, images, labels, paths, names)
+        canvas = FigureCanvasAgg(figure)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that no font here has
+            canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def draw_curves(axes, history, kept, name):
+    """Loss or accuracy over the epochs, in training and validation, the kept epoch marked."""
+    epochs = [scores["epoch"] for scores in history]
+    for part in ("train", "val"):
+        axes.plot(epochs, [scores[f"{part}_{name}"] for scores in history], ".-", label=part)
+    axes.axvline(kept, color="grey", linestyle=":", label=f"kept: epoch {kept}")
+    axes.set_title({"loss": "loss", "acc": "accuracy"}[name] + " by epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def draw_reliability(axes, probabilities, labels):
+    """How often the model is right against how sure it is; on the dotted line both agree."""
+    sure, right, count = reliability(probabilities, labels).cpu()
+    there = count > 0
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    axes.bar(sure[there] / count[there], right[there] / count[there], 0.05, alpha=0.6)
+    axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="probability of the named class",
+             title=f"how much is right; calibration error {calibration_error(probabilities, labels):.1%}")
+    axes.grid(alpha=0.3)
+
+
+def draw_matrix(axes, matrix, names):
+    """Counts and shares of true classes (rows) and predicted ones (columns)."""
+    matrix, n = matrix.cpu(), range(len(names))
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(share, "Blues", vmin=0, vmax=1)
+    for i, j in itertools.product(n, n) if len(names) <= 12 else ():
+        axes.text(j, i, f"{int(matrix[i, j])}\n{share[i, j]:.0%}", ha="center", va="center",
+                  color="white" if share[i, j] > 0.5 else "black")
+    if len(names) <= 60:
+        axes.set_xticks(n, names, rotation=30 if len(names) <= 6 else 90, ha="right")
+        axes.set_yticks(n, names)
+    axes.set(title=f"{matrix.trace() / matrix.sum():.1%} of {int(matrix.sum()):,} are right",
+             xlabel="predicted", ylabel="true")
+
+
+def draw_mistakes(figure, probabilities, images, labels, paths, names, columns=5, rows=4):
+    """The wrong predictions, the surest first, each with its classes and the name of its file."""
+    confidence, predicted = probabilities.max(1)
+    wrong = (predicted != labels).nonzero()[:, 0]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:columns * rows].tolist()
+    figure.suptitle(f"{len(wrong):,} of {len(labels):,} are wrong" + "; the surest first" * bool(worst))
+    for axes in figure.subplots(rows, columns).flat:
+        axes.axis("off")
+        if worst:
+            i = worst.pop(0)
+            axes.imshow(images[i].permute(1, 2, 0).cpu())
+            axes.set_title(f"{names[int(predicted[i])]} {confidence[i]:.0%}\ntrue: {names[int(labels[i])]}\n"
+                           f"{printable(Path(paths[i]).name)[-22:]}", fontsize=7)
 
 
 # --- the run
@@ -827,86 +773,82 @@ class Run:
     """What a training run writes: the kept model, and a checkpoint to resume from.
 
     The state is held in memory and goes to the disk every `SAVE_SECONDS` and at the end, however it comes.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        See `parse_args`.
-    data : Data
     """
 
     def __init__(self, args, data):
         self.device = torch.device(args.device).type
         self.classes, self.sizes, self.identity = data.classes, data.sizes, data.identity
         self.models, self.logs = args.models, args.logs
-        self.settings = {key: getattr(args, key) for key in SETTINGS}
+        self.settings = {"recipe": args.recipe} | {s.name: getattr(args, s.name) for s in SETTINGS}
         self.settings["weights"] = args.weights and str(args.weights)
-        self.epoch = 0  # epochs done
-        self.seconds = 0.0
-        self.best = self.last = self.state = None
+        self.seconds, self.history, self.state = 0.0, [], None
         self.saved_epoch, self.saved_at = None, -SAVE_SECONDS
         name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args.recipe}"
         # two runs may begin within a second
         places = (args.logs / (f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
         self.log_dir = next(place for place in places if not place.exists())
 
-    def record(self, scores, learner, logits, labels):
-        """Note a finished epoch. Returns whether it is the best so far.
+    epoch = property(lambda self: len(self.history), doc="Epochs done.")
+    last = property(lambda self: self.history[-1])
+    best = property(lambda self: max(self.history, key=lambda one: (one["val_acc"], -one["val_loss"])))
+    kept = property(lambda self: self.last if self.settings["keep"] == "last" else self.best)
 
-        Parameters
-        ----------
-        scores : dict
-            As `score` returns it.
-        learner : Learner
-        logits : float tensor of shape (N, nclass)
-            Of the validation images, by ``learner.judged``.
-        labels : int64 tensor of shape (N,)
-        """
-        better = self.best is None or (
-            (scores["val_acc"], -scores["val_loss"]) > (self.best["val_acc"], -self.best["val_loss"]))
-        self.epoch, self.last, self.best = scores["epoch"], scores, scores if better else self.best
-        keep = better or self.settings["keep"] == "last"
+    def record(self, scores, learner, logits, labels, matrix):
+        """Note a finished epoch, with what ``learner.judged`` gave; returns whether it is the best."""
+        self.history.append(scores)
         # copies: a state_dict refers to the tensors that training changes
-        model = copy.deepcopy(learner.net.state_dict())
-        average = copy.deepcopy(learner.average.state_dict()) if learner.average else None
-        weights = model
-        if average:
-            weights = {key[7:]: value for key, value in average.items() if key.startswith("module.")}
-        self.state = {
-            "kept": weights if keep else self.state["kept"],  # for model.pt
-            "calibration": calibrate(logits, labels) if keep else self.state["calibration"],
-            "model": model, "average": average,
+        kept = {"kept": copy.deepcopy(learner.judged.state_dict()), "calibration": calibrate(logits, labels),
+                "confusion": matrix.int().tolist()}
+        if self.kept is not scores:
+            kept = {key: self.state[key] for key in kept}
+        self.state = kept | {
+            "model": copy.deepcopy(learner.net.state_dict()),
+            "average": copy.deepcopy(learner.average.state_dict()) if learner.average else None,
+            "start": learner.start,
             "optimizer": copy.deepcopy(learner.optimizer.state_dict()["state"]),  # the momentum
-            "epoch": self.epoch, "seconds": self.seconds, "best": self.best, "last": self.last,
-            "classes": list(self.classes), "data": self.identity, "settings": self.settings,
-            "log_dir": self.log_dir.name, "device": self.device,
+            "history": self.history, "seconds": self.seconds, "classes": list(self.classes),
+            "data": self.identity, "settings": self.settings, "log_dir": self.log_dir.name,
+            "device": self.device,
         }
         if time.perf_counter() - self.saved_at > SAVE_SECONDS:
             self.save()
-        return better
+        return self.best is scores
 
     def restore(self, state, learner):
         """Go on from what `read_checkpoint` read; the learner is brought to where it was.
 
-        Raises
-        ------
-        KeyError, or almost anything else
-            Something is missing, or of another kind or shape.
+        Raises almost anything where something is missing, or of another kind or shape.
         """
         learner.net.load_state_dict(state["model"])
         if learner.average:
             learner.average.load_state_dict(state["average"])
+        learner.start[:] = [tuple(tensor.to(learner.device) for tensor in pair) for pair in state["start"]]
         # neither the groups' settings nor the scheduler come from the checkpoint: flags may have changed them
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps before its optimizer
-            for _ in range(state["epoch"] * learner.steps):
+            for _ in range(len(state["history"]) * learner.steps):
                 learner.scheduler.step()
-        simpleconv3(len(self.classes)).load_state_dict(state["kept"])  # raises where it is damaged
-        self.state, self.epoch, self.seconds = state, state["epoch"], state["seconds"]
-        self.best, self.last, self.log_dir = state["best"], state["last"], self.logs / state["log_dir"]
-        float(self.best["val_acc"] + self.last["val_acc"] + state["calibration"]["temperature"])
+        self.state, self.history, self.seconds = state, state["history"], state["seconds"]
+        self.log_dir = self.logs / state["log_dir"]
+        self.kept_net()  # these raise where something is damaged
+        sum(sum(scores.values()) for scores in self.history) + float(self.summary()["temperature"])
+
+    def kept_net(self):
+        """The network of the kept epoch."""
+        net = new_network(self.settings["net"], self.classes)
+        net.load_state_dict(self.state["kept"])
+        return net
+
+    def summary(self):
+        """What model.json says of the run, beside what `save_model` knows: dict."""
+        return self.state["calibration"] | {
+            "kept": self.settings["keep"], "best": self.best, "last": self.last,
+            "scores": scores_of(self.state["confusion"], self.classes), "images": self.sizes,
+            "settings": self.settings, "seconds": round(self.seconds, 1), "torch": torch.__version__,
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "log": str(self.log_dir)}
 
     def save(self):
         """Write models/checkpoint.pt, model.pt and model.json, if an epoch has ended since the last time."""
@@ -915,38 +857,42 @@ class Run:
         checkpoint = io.BytesIO()
         torch.save(self.state, checkpoint)
         write_file(self.models / CHECKPOINT, checkpoint.getvalue())
-        net = simpleconv3(len(self.classes))
-        net.load_state_dict(self.state["kept"])
-        net.classes = self.classes
-        save_model(
-            net, self.models / "model.pt", **self.state["calibration"], kept=self.settings["keep"],
-            best=self.best, last=self.last, images=self.sizes, settings=self.settings,
-            seconds=round(self.seconds, 1), torch=torch.__version__,
-            command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), log=str(self.log_dir))
+        save_model(self.kept_net(), self.models / "model.pt", **self.summary())
         self.saved_epoch, self.saved_at = self.epoch, time.perf_counter()
+
+    def draw(self, curves, data):
+        """Write models/model.png, and the same into the curves."""
+        images, labels = curves.images, curves.labels
+        logits = logits_of(self.kept_net().to(images.device), images)
+        sheet = draw_sheet(self.history, self.kept["epoch"], torch.tensor(self.state["confusion"]).float(),
+                           (logits / self.state["calibration"]["temperature"]).softmax(1), images, labels,
+                           data.val_paths, self.classes)
+        curves.writer.add_image("how well the kept weights do", sheet, self.epoch, dataformats="HWC")
+        png = io.BytesIO()
+        Image.fromarray(sheet).save(png, "PNG")
+        write_file(self.models / "model.png", png.getvalue())
 
 
 def read_checkpoint(path):
     """The state that `Run.save` wrote: dict. Nothing in it is executed, nor leads out of the folder of logs.
 
-    Raises
-    ------
-    FileNotFoundError
-        There is none.
-    ValueError
-        It is something else, or damaged.
+    Raises a FileNotFoundError where there is none, a ValueError where it is something else, or damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no run to resume; start one without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "momentum" in state:  # those had their own SGD
+        if "history" not in state and "log_dir" in state:
             raise ValueError("an earlier version of train.py wrote it")
         state["log_dir"] = PureWindowsPath(state["log_dir"]).name  # which knows the separators of all systems
         if NO_CLASS_NAME.search(state["log_dir"]):
             raise ValueError("its curves were in no folder of their own")
         check_classes(state["classes"])
-        state["settings"] = {key: state["settings"][key] for key in SETTINGS}
+        settings = state["settings"]
+        if gone := settings.keys() - {"recipe", *RECIPES["textbook"]}:
+            raise ValueError(f"begun with --{min(gone).replace('_', '-')}, which train.py no longer knows")
+        # one that was made before a setting came has what the textbook's recipe has: nothing of it
+        state["settings"] = RECIPES["textbook"] | {"recipe": settings["recipe"], **settings}
         return state
     except Exception as error:  # torch.load raises almost anything
         why = "no file of train.py" if isinstance(error, pickle.UnpicklingError) else reason(error)
@@ -960,11 +906,12 @@ def uninterrupted():
         yield
         return
     caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+    before = [signal.signal(one, lambda *_: caught.append(1)) for one in SIGNALS]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in zip(SIGNALS, before):
+            signal.signal(one, handler)
     if caught:
         raise KeyboardInterrupt
 
@@ -973,6 +920,8 @@ def join_processes(device, batch_size):
     """Join the processes that torchrun started: (rank, number of processes, torch.device of this one)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(device)
+    # a container's share of the machine may be less than the cores that torch counts
+    torch.set_num_threads(min(torch.get_num_threads(), own_cores()))
     if world == 1:
         return rank, world, device
     if device.type != "cpu":
@@ -988,75 +937,6 @@ def join_processes(device, batch_size):
     return rank, world, device
 
 
-def make_net(classes, old=None):
-    """A network with random weights, or with those of another one.
-
-    The last layer's weights are taken for classes of the same name; other classes begin at random.
-
-    Parameters
-    ----------
-    classes : sequence of str
-    old : simpleconv3, optional
-        As `net.load_model` returns it.
-    """
-    net = simpleconv3(len(classes))
-    net.classes = tuple(classes)
-    if old:
-        state = net.state_dict() | {k: v for k, v in old.state_dict().items() if not k.startswith("fc3.")}
-        for i, name in enumerate(classes):
-            if name in old.classes:
-                for key in ("fc3.weight", "fc3.bias"):
-                    state[key][i] = old.state_dict()[key][old.classes.index(name)]
-        net.load_state_dict(state)
-    return net
-
-
-class Learner:
-    """A network and what trains it, as the settings say.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-    classes : sequence of str
-    counts : int tensor of shape (nclass,)
-        Training images of each class.
-    steps : int
-        Batches of an epoch.
-    device : torch.device
-    batch_size : int
-        Images of a batch that this process takes.
-    old : simpleconv3, optional
-        Network to start from.
-    """
-
-    def __init__(self, args, classes, counts, steps, device, batch_size, old=None):
-        torch.manual_seed(args.seed)
-        self.net = make_net(classes, old).to(device)
-        if args.amp:
-            self.net.to(memory_format=torch.channels_last)
-        self.steps = steps
-        self.model = DistributedDataParallel(self.net) if dist.is_initialized() else self.net
-        self.optimizer = optim.SGD(
-            self.net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
-            nesterov=args.schedule == "one-cycle" and args.momentum > 0, fused=True)
-        self.scheduler = make_scheduler(
-            self.optimizer, args.schedule, steps, args.epochs, args.step_size, args.gamma)
-        self.average = make_average(self.net, args.average) if args.average else None
-        self.judged = self.average.module if self.average else self.net  # what is validated and kept
-        balance = class_weights(counts.to(device), args.balance) if args.balance else None
-        self.criterion = make_criterion(balance, args.smoothing)
-        self.augment = functools.partial(
-            augment, crop=args.crop, shift=args.shift, flip=args.flip, rotate=args.rotate, colour=args.colour,
-            grey=args.grey)
-        self.batch_size, self.freeze_norm, self.amp = batch_size, args.freeze_norm, args.amp
-
-    def train_epoch(self, images, labels, generator):
-        """One pass over the training set; see `train_epoch`."""
-        return train_epoch(
-            self.model, images, labels, self.optimizer, self.scheduler, self.batch_size, generator,
-            self.augment, self.criterion, self.average, self.freeze_norm, self.amp)
-
-
 def train(args):
     """Train as the command line says; see `parse_args` for the settings. Returns the `Run`."""
     rank, world, device = join_processes(args.device, args.batch_size)
@@ -1068,22 +948,19 @@ def train(args):
     steps = math.ceil(len(images) / batch_size)
     old = load_model(args.weights) if args.weights and not state else None  # resuming needs the file no more
     learner = Learner(args, data.classes, data.counts, steps, device, batch_size, old)
-    run = Run(args, data)
+    run, judged, curves = Run(args, data), learner.judged, None
     if state:
         resume(run, state, learner, args)
-    curves, judged = None, learner.judged
     if rank == 0:
         print(f"{data.sizes['train']:,} training and {data.sizes['val']:,} validation images of "
               f"{len(data.classes)} classes ({printable(', '.join(data.classes))}) "
-              f"in {time.perf_counter() - start:.1f} s; on {device}"
+              f"in {time.perf_counter() - start:.1f} s; {args.net} on {device}"
               + (f", {world} processes" if world > 1 else "")
               + (f"; resuming after epoch {run.epoch} of {args.epochs}" if state else ""), flush=True)
-        lost = [name for name in old.classes if name not in data.classes] if old else []
-        if lost and len(lost) < len(old.classes):
-            print(printable(f"{args.weights} also names {', '.join(lost)}; "
-                            "without images the new model will not"))
+        if old:
+            compare(args.weights, old, data)
         some = images[evenly(len(images), 64).to(device)]
-        sample = learner.augment(some, torch.Generator(device).manual_seed(0))
+        sample = augment(some, torch.Generator(device).manual_seed(0), args)
         curves = Curves(run, learner.net, sample, val_images, val_labels)
     bar = tqdm(range(run.epoch + 1, args.epochs + 1), initial=run.epoch, total=args.epochs, unit="epoch",
                disable=None if rank == 0 else True)
@@ -1105,7 +982,7 @@ def train(args):
                                  f"try a lower --lr than {args.lr:g}")
             if rank == 0:
                 with uninterrupted():
-                    better = run.record(scores, learner, logits, val_labels)
+                    better = run.record(scores, learner, logits, val_labels, matrix)
                     tqdm.write(epoch_line(scores, args.epochs, data.sizes, times, better), file=sys.stdout)
                     sys.stdout.flush()  # line by line into files and pipes, too
                     curves.add_epoch(scores, rate, matrix, logits, judged)
@@ -1113,19 +990,38 @@ def train(args):
         bar.close()
         if rank == 0:
             with uninterrupted():
-                with contextlib.suppress(OSError):  # a full disk, which the error under way or the next names
-                    curves.writer.close()
-                run.save()
+                try:
+                    run.save()
+                    if run.history:
+                        run.draw(curves, data)
+                finally:
+                    with contextlib.suppress(OSError):  # a full disk, which another error names
+                        curves.writer.close()
     return run
+
+
+def compare(path, old, data):
+    """Say what weights to start from make of the training images, and which of their classes have none."""
+    common = [name for name in data.classes if name in old.classes]
+    lost = ", ".join(name for name in old.classes if name not in common)
+    if not common:
+        return
+    some = evenly(len(data.images), 2000)
+    whole = torch.eye(2, 3).expand(len(some), -1, -1)
+    named = logits_of(old, resample(data.images[some], whole)).argmax(1)
+    told = []
+    for name in common:
+        mine = named[data.labels[some] == data.classes.index(name)] == old.classes.index(name)
+        other = " (if it means something else here, give it another name)" * (mine.float().mean() < 0.5)
+        told.append(f"{mine.sum()} of {len(mine)} {name}{other}")
+    print(printable(f"{path} names as filed: {', '.join(told)}"
+                    + f"; it also names {lost}: without images the new model will not" * bool(lost)))
 
 
 def resume(run, state, learner, args):
     """Bring run and learner to where a checkpoint's run ended.
 
-    Raises
-    ------
-    ValueError
-        The checkpoint is damaged, or the run to resume was another one.
+    Raises a ValueError where the checkpoint is damaged, or the run to resume was another one.
     """
     if tuple(state["classes"]) != run.classes:
         raise ValueError(f"{args.models / CHECKPOINT}: was trained on {', '.join(state['classes'])}, "
@@ -1149,50 +1045,33 @@ def resume(run, state, learner, args):
               + ("; --epochs with a larger number goes on" if args.schedule == "step" else ""))
 
 
-def score(epoch, train_loss, train_acc, val_loss, matrix):
-    """The scores of an epoch as `Run`, curves and model.json know them: dict of numbers."""
-    return {
-        "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc,
-        "val_loss": float(val_loss / matrix.sum()), "val_acc": float(matrix.trace() / matrix.sum()),
-        "val_balanced": float((matrix.diagonal() / matrix.sum(1)).mean()),
-    }
-
-
 def leave_some_out(args, folds=5):
-    """Train on four fifths of all images and name the others, in turns.
+    """Train on four fifths of all images and name the others, in turns: a confusion matrix over all images.
 
-    A few validation images say next to nothing of how well a model does.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-    folds : int
-
-    Returns
-    -------
-    (float, int) or None
-        Share of the images named rightly, and their number. None where it would take more than `FEW_STEPS`.
+    A few validation images say next to nothing of how well a model does. Returns None where this would take
+    more than `FEW_STEPS` batches.
     """
-    parts = [CropFolder(args.data / part) for part in ("train", "val")]
-    samples = sorted((sample for part in parts for sample in part.samples), key=lambda sample: sample[1])
-    n, classes = len(samples), parts[0].classes
-    steps = math.ceil((n - n // folds) / args.batch_size)
+    large, small = ([CropFolder(args.data / part, size) for part in ("train", "val")]
+                    for size in (IMAGE_SIZE, CROP_SIZE))
+    labels, classes = torch.tensor([label for part in large for label in part.targets]), large[0].classes
+    device = torch.device(args.device)
+    steps = math.ceil((len(labels) - len(labels) // folds) / args.batch_size)
     if folds * args.epochs * steps > FEW_STEPS:
         return None
-    paths, labels = zip(*samples)
-    device, hits = torch.device(args.device), 0
+    large, small = (torch.cat([load_images(part) for part in some]).to(device) for some in (large, small))
     old = load_model(args.weights) if args.weights else None
-    labels = torch.tensor(labels, device=device)
-    large, small = (load_images(paths, size, args.data).to(device) for size in (IMAGE_SIZE, CROP_SIZE))
-    fold = torch.arange(n, device=device) % folds  # class by class, so each fold has its share of each
-    for k in tqdm(range(folds), desc="leaving some out", unit="fold", leave=False, disable=None):
+    fold = torch.empty(len(labels), dtype=torch.long)
+    fold[labels.argsort(stable=True)] = torch.arange(len(labels)) % folds  # each has its share of every class
+    fold, labels = fold.to(device), labels.to(device)
+    total = torch.zeros(len(classes), len(classes), device=device)
+    for k in progress(range(folds), "leaving a fifth of all images out, in turns", "fold"):
         seen = fold != k
         counts = torch.bincount(labels[seen], minlength=len(classes))
         learner = Learner(args, classes, counts, steps, device, args.batch_size, old)
         for epoch in range(args.epochs):
             learner.train_epoch(large[seen], labels[seen], torch.Generator(device).manual_seed(epoch))
-        hits += int(evaluate(learner.judged, small[~seen], labels[~seen])[1].trace())
-    return hits / n, n
+        total += evaluate(learner.judged, small[~seen], labels[~seen])[1]
+    return total
 
 
 def epoch_line(scores, epochs, sizes, times, better):
@@ -1206,55 +1085,32 @@ def epoch_line(scores, epochs, sizes, times, better):
 # --- the command line
 
 
+def shown(value):
+    """A setting's value as --help shows it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return {True: "yes", False: "no", None: "none"}.get(value, getattr(value, "stem", str(value)))
+
+
 def parse_args(argv=None):
-    title, examples, more = __doc__.strip().split("\n\n")
+    title, examples, more, change = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(
-        usage="python train.py [options]", description=f"{title}\n{more}", epilog=f"examples:\n{examples}",
+        usage="python train.py [options]", description=f"{title}\n{more}\n\n{change}",
+        epilog=f"examples:\n{examples}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36))
-    names = " / ".join(RECIPES)
-    recipe = parser.add_argument_group(f"what --recipe sets, and a flag overrides ({names})")
-
-    def setting(flag, help, **more):
-        def show(value):
-            if isinstance(value, list):
-                return " ".join(map(str, value))
-            if isinstance(value, Path):
-                return value.stem
-            return {"True": "yes", "False": "no", "None": "none"}.get(str(value), str(value))
-
-        values = [show(recipe[flag.strip("-").replace("-", "_")]) for recipe in RECIPES.values()]
-        shown = values[0] if len(set(values)) == 1 else " / ".join(values)
-        recipe.add_argument(flag, help=f"{help} ({shown})", **more)
-
-    yes_or_no = argparse.BooleanOptionalAction
-    setting("--weights", "file to start from", type=Path, metavar="FILE")
-    setting("--epochs", "passes over the training set", type=int, metavar="N")
-    setting("--batch-size", "over all processes", type=int, metavar="N")
-    setting("--lr", "highest learning rate", type=float, metavar="LR")
-    setting("--momentum", "of SGD; Nesterov's with one-cycle", type=float, metavar="M")
-    setting("--weight-decay", "of SGD", type=float, metavar="W")
-    setting("--schedule", "of the learning rate", choices=["step", "one-cycle"])
-    setting("--step-size", "epochs between drops, with step", type=int, metavar="N")
-    setting("--gamma", "and their factor", type=float, metavar="G")
-    setting("--crop", "area of random crops", type=float, nargs=2, metavar=("LOW", "HIGH"))
-    setting("--shift", "of large crops, in half sides", type=float, metavar="S")
-    setting("--flip", "mirror half of the images", action=yes_or_no)
-    setting("--rotate", "turns up to this many degrees", type=float, metavar="D")
-    setting("--colour", "change of brightness, contrast ...", type=float, metavar="C")
-    setting("--grey", "share that loses its colour to a tint", type=float, metavar="P")
-    setting("--smoothing", "of the labels", type=float, metavar="S")
-    setting("--average", "decay of an average of the weights", type=float, metavar="D")
-    setting("--balance", "how much more rare classes count", type=float, metavar="P")
-    setting("--freeze-norm", "keep batch norm's statistics", action=yes_or_no)
-    setting("--keep", "epoch that model.pt gets", choices=["best", "last"])
+    group = parser.add_argument_group(f"what --recipe sets, and a flag overrides ({' / '.join(RECIPES)})")
+    for setting in SETTINGS:
+        values = list(map(shown, setting.values))
+        values = values if len(set(values)) > 1 else values[:1]
+        kind = (dict(action=argparse.BooleanOptionalAction) if setting.type is bool else
+                dict(type=setting.type, metavar={int: "N", float: "X"}.get(setting.type)))
+        group.add_argument(f"--{setting.name.replace('_', '-')}", **kind | setting.more,
+                           help=f"{setting.help} ({' / '.join(values)})")
     parser.add_argument("--recipe", choices=RECIPES, default="textbook", metavar="NAME",
-                        help=f"{names} (default: %(default)s)")
-    parser.add_argument("--amp", action="store_true",
-                        help="bfloat16: faster on hardware that has it, else much slower")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+                        help=f"{' / '.join(RECIPES)} (default: %(default)s)")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, mps ... (default: the accelerator, if any)")
     for name, what in (("data", "holds train/ and val/"), ("logs", "for tensorboard --logdir"),
-                       ("models", "for model.pt and model.json")):
+                       ("models", "for model.pt, model.json and model.png")):
         parser.add_argument(f"--{name}", type=Path, default=Path(name), metavar="DIR",
                             help=f"{what} (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help=f"go on from {CHECKPOINT}, with its settings")
@@ -1265,28 +1121,21 @@ def parse_args(argv=None):
         stored = read_checkpoint(args.models / CHECKPOINT)["settings"]
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
-        for name in ("recipe", "average", "keep"):  # with another its scores would be another model's
+        for name in ("recipe", "net", "average", "keep"):  # with another its scores would be another model's
             if getattr(args, name) != stored[name]:
                 parser.error(f"--{name} {getattr(args, name)}: the run to resume was begun with "
                              f"{stored[name]}; start again without --resume")
-    check_args(args, parser)
-    return args
-
-
-def check_args(args, parser):
-    """End with a line of usage where a setting cannot work; choose the device where none is named."""
-    for name in ("epochs", "batch_size", "step_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < args.crop[0] <= args.crop[1] <= 4:
-        parser.error("--crop must be two numbers, the smaller first, over 0 and up to 4")
-    for most, names in ((1, "shift colour grey smoothing average momentum weight_decay"),
-                        (10, "balance"), (180, "rotate"), (2**31, "seed"), (math.inf, "gamma")):
-        for name in names.split():
-            if not 0 <= getattr(args, name) <= most:  # not a number fails, too
-                parser.error(f"--{name.replace('_', '-')} must be between 0 and {most}")
-    if not args.lr > 0:
-        parser.error("--lr must be more than 0")
+    for setting in SETTINGS:
+        flag, least, most = setting.name.replace("_", "-"), setting.least, setting.most
+        value = getattr(args, setting.name)
+        values = value if isinstance(value, list) else [value]
+        if setting.type not in (int, float):
+            continue
+        if not all(least <= one <= most for one in values):  # not a number fails, too
+            parser.error(f"--{flag} must be " + (f"at least {least}" if most == INF else
+                                                 f"between {least} and {most}"))
+        if values != sorted(values):
+            parser.error(f"--{flag}: the smaller number first")
     there = [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
     there.append("cpu")
     args.device = args.device or there[0]
@@ -1296,88 +1145,73 @@ def check_args(args, parser):
         kind = None
     if kind not in there:
         parser.error(f"--device {printable(args.device)}: this machine has {' and '.join(there)}")
+    return args
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack the letters of a name
     # TensorBoard's thread hands its errors on; they need not be shown twice
     threading.excepthook = lambda failed: (
         issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed))
-    args, begun, first = None, time.time(), int(os.environ.get("RANK", 0)) == 0
-    try:
-        args = parse_args(argv)
-        with locked(args.models) if first else contextlib.nullcontext():  # the processes of a job are one run
-            run = train(args)
-            alone = not dist.is_initialized()
-            few = leave_some_out(args) if run.sizes["val"] < FEW_IMAGES and alone else None
-    except (KeyboardInterrupt, BrokenPipeError) as error:
-        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit("\n" + interrupted(args, begun))
-    except (OSError, ValueError) as error:
-        if getattr(error, "strerror", None) and not error.filename:  # from TensorBoard, which names no file
-            error = f"{args.logs}: cannot be written ({error.strerror}); mend that and go on with --resume"
-        sys.exit(f"error: {printable(str(error))}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if first:
-        report(args, run, few)
-
-
-@contextlib.contextmanager
-def locked(models):
-    """Hold the folder of models for this process, and remove what killed runs left half-written there.
-
-    Raises
-    ------
-    OSError
-        Another process holds it, or it cannot be written.
-    """
-    lock = filelock.FileLock(models / ".lock", blocking=False)
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise BlockingIOError(f"{models}: another run is at work there; wait for its end") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network disks know no locks
-            raise OSError(f"{lock.lock_file}: cannot be written ({error.strerror}); mend that") from None
-    try:
-        for part in models.glob("." + "[0-9a-f]" * 16 + ".tmp"):
-            part.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
+    args, few, begun, first = None, None, time.time(), int(os.environ.get("RANK", 0)) == 0
+    with command_line(lambda: interrupted(args, begun)):
+        try:
+            args = parse_args(argv)
+            with locked(args.models / ".lock") if first else contextlib.nullcontext():  # a job is one run
+                sweep(*[args.models] * first)  # what killed runs left half-written
+                run, start = train(args), time.perf_counter()
+                if run.sizes["val"] < FEW_IMAGES and not dist.is_initialized():
+                    few = leave_some_out(args)
+            if first:
+                report(args, run, few, time.perf_counter() - start)
+        except BrokenPipeError:  # `| head` has seen enough: as after Ctrl-C
+            end_output()
+            raise KeyboardInterrupt from None
+        except OSError as error:
+            if error.strerror and not error.filename:  # from TensorBoard, which names no file
+                raise OSError(f"{args.logs}: cannot be written ({error.strerror}); "
+                              "mend that and go on with --resume") from None
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def interrupted(args, begun):
     """What is said of a run that began at the time `begun` and was ended by Ctrl-C."""
     checkpoint = args and args.models / CHECKPOINT
     if not checkpoint or not checkpoint.is_file() or checkpoint.stat().st_mtime < begun:
-        return "interrupted before an epoch was finished: nothing is saved"
+        return "before an epoch was finished: nothing is saved"
     places = [word for flag in ("data", "logs", "models") if getattr(args, flag) != Path(flag)
               for word in (f"--{flag}", str(getattr(args, flag)))]
     again = printable(shlex.join(["python", "train.py", "--resume", *places]))
-    return f"interrupted: all finished epochs are saved; '{again}' goes on"
+    return f"all finished epochs are saved; '{again}' goes on"
 
 
-def report(args, run, few):
-    """Print what a finished run gave, with what `leave_some_out` found, and where it lies."""
-    kept, n = run.last if args.keep == "last" else run.best, run.sizes["val"]
+def report(args, run, few, spent):
+    """Print what a finished run gave, what `leave_some_out` found in `spent` seconds, and where all lies."""
+    kept, best, n = run.kept, run.best, run.sizes["val"]
     print(f"kept the {args.keep} epoch, {kept['epoch']}: {kept['val_acc']:.2%} of {n:,} validation images "
-          f"(balanced over the classes {kept['val_balanced']:.2%}); best {run.best['val_acc']:.2%} in epoch "
-          f"{run.best['epoch']}, last {run.last['val_acc']:.2%}; {run.seconds:.0f} s of training")
+          f"(balanced over the classes {kept['val_balanced']:.2%}); best {best['val_acc']:.2%} in epoch "
+          f"{best['epoch']}, last {run.last['val_acc']:.2%}")
+    if best["val_acc"] - kept["val_acc"] > 2 * math.sqrt(best["val_acc"] * (1 - best["val_acc"]) / n) + 1 / n:
+        print(f"epoch {best['epoch']} did far better than the last one, which is kept: try a lower --lr, "
+              "or keep such an epoch with --keep best")
     if n < 100:
         print(f"one validation image more or less is {1 / n:.1%}: of so few, these figures say little")
-    if few:
-        right, n = few
+    if few is not None:
+        n, right = int(few.sum()), float(few.trace() / few.sum())
         likely = (right * n + 2) / (n + 4)  # the interval of 95 % of Agresti and Coull 1998
+        most, name = few.sum(1).max(0)
         print(f"trained on four fifths of all {n} images in turns, it names {right:.1%} of the rest rightly, "
-              f"give or take {2 * math.sqrt(likely * (1 - likely) / (n + 4)):.0%}")
-    print(f"weights in {args.models / 'model.pt'}, the rest in {args.models / 'model.json'}; "
-          f"curves: tensorboard --logdir {args.logs}")
+              f"give or take {2 * math.sqrt(likely * (1 - likely) / (n + 4)):.0%}; balanced over the classes "
+              f"{balanced(few):.1%}; to say {printable(run.classes[name])} always is right on {most / n:.1%}")
+    print(f"weights in {args.models / 'model.pt'}, the rest in {args.models / 'model.json'}, "
+          f"a picture of it in {args.models / 'model.png'}")
+    print(f"curves: {shlex.join(['tensorboard', '--logdir', str(args.logs)])}")
+    total = time.perf_counter() - BEGUN
+    print(f"{total:.0f} s in all: {run.seconds:.0f} s of training, "
+          + (f"{spent:.0f} s of leaving some out, " if few is not None else "")
+          + f"{max(0, total - run.seconds - spent):.0f} s of starting, reading images, curves and saving")
 
 
 if __name__ == "__main__":

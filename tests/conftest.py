@@ -25,6 +25,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "slow: takes minutes; 'pytest -m slow' runs these, the default run leaves them out"
     )
+    config.addinivalue_line("markers", "sheets: draws model.png as a user's run does")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -81,6 +82,14 @@ def none_left_out():
         limit = train.FEW_STEPS
         patch.setattr(train, "FEW_STEPS", 0)
         yield limit
+
+
+@pytest.fixture(autouse=True)
+def blank_sheets(request, monkeypatch):
+    """Drawing a picture of each run would double the time of these; tests marked with sheets want it."""
+    if "train" in sys.modules and not request.node.get_closest_marker("sheets"):
+        blank = np.zeros((8, 8, 3), np.uint8)
+        monkeypatch.setattr(sys.modules["train"], "draw_sheet", lambda *args: blank)
 
 
 @pytest.fixture

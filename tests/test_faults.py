@@ -796,11 +796,8 @@ def test_a_checkpoint_from_a_stranger_runs_nothing_and_writes_where_the_user_say
     train.main([*args, "--epochs", "1"])
     checkpoint = tmp_path / "models" / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
-    settings = state["settings"] | dict.fromkeys(("data", "logs", "models"), str(elsewhere))
-    torch.save(state | {"settings": settings}, checkpoint)
-    train.main([*args, "--resume", "--epochs", "2"])
-    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2 and not elsewhere.exists()
     for content in (
+        *(state | {"settings": state["settings"] | {name: str(elsewhere)}} for name in ("logs", "models")),
         state | {"classes": ["a\x1b[2J", "b"]},
         state | {"more": Code(elsewhere)},
         {key: state[key] for key in state if key != "settings"},
@@ -848,17 +845,12 @@ def test_names_of_classes_and_images_steer_no_terminal_in_training(mouths, tmp_p
     (data / "train" / "bright" / "\x1b[2J.png").touch()
     with pytest.raises(SystemExit) as error:
         train.main(args)
-    assert r"\x1b[2J.png: not a readable image" in error.value.code and error.value.code.isprintable()
+    assert r"\x1b[2J.png: unreadable: " in error.value.code and error.value.code.isprintable()
 
 
-def test_names_that_cannot_be_drawn_or_encoded_have_a_place_in_pictures_and_pages():
-    import torch
-
+def test_names_that_cannot_be_encoded_have_a_place_on_pages():
     from predict import Card, gallery
-    from train import draw_matrix
 
-    matrix = torch.ones(2, 2)
-    assert np.array_equal(draw_matrix(matrix, ("a", "\u7b11")), draw_matrix(matrix, ("a", "class 1")))
     assert b"bad ?.jpg" in gallery([Card(Path("bad \udcff.jpg"), None, [], "unreadable")], ("a",)).encode()
 
 
@@ -1046,7 +1038,7 @@ def test_training_killed_anywhere_resumes_to_the_same_weights(mouths, tmp_path, 
         when = {"touches": rng.randrange(1, 60)} if i % 3 != 2 else {"seconds": rng.uniform(3, 9)}
         hits += killed(run, **when)
         if (models / "checkpoint.pt").exists():
-            assert 1 <= torch.load(models / "checkpoint.pt", weights_only=True)["epoch"] <= 6
+            assert 1 <= len(torch.load(models / "checkpoint.pt", weights_only=True)["history"]) <= 6
         if (models / "model.pt").exists():
             load_model(models / "model.pt")
         if i % 4 == 3 or hits == n:
@@ -1108,7 +1100,7 @@ def test_workers_end_with_a_killed_parent(photos, tmp_path):
 
 
 @no_workers
-def test_leftovers_of_killed_runs_are_swept_and_files_of_others_are_not(photos, tmp_path):
+def test_leftovers_of_killed_runs_are_swept_and_files_of_others_are_not(photos, mouths, tmp_path):
     import split_train_val
     import train
 
@@ -1128,28 +1120,20 @@ def test_leftovers_of_killed_runs_are_swept_and_files_of_others_are_not(photos, 
         path.write_text("half")
     preprocess_lips.main([str(photos), str(crops), "--workers", "1"])
     split_train_val.main([str(crops), str(data)])
-    with train.locked(models):  # as every training does
-        pass
+    train.main(train_flags(mouths / "data", tmp_path, "--models", models, "--epochs", 1))
     assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
 
 
-def write_model_file(path, data):
-    from net import write_file  # here, because the processes that other tests start import this file
-
-    write_file(path, data)
-
-
-@pytest.mark.parametrize("write", [write_file, write_model_file])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, write):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path, flushed = tmp_path / "x", []
-    write(path, b"old")
+    write_file(path, b"old")
 
     def fsync(handle):
         about = os.fstat(handle)
         flushed.append((about.st_size if stat.S_ISREG(about.st_mode) else "folder", path.read_bytes()))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    write(path, b"newer")
+    write_file(path, b"newer")
     assert flushed[0] == (5, b"old")  # whole, before the rename
     assert flushed[1:] == ([("folder", b"newer")] if os.name == "posix" else [])
 
@@ -1158,7 +1142,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match=r"x: cannot be written \(No space left on device\)"):
-        write(path, b"never")
+        write_file(path, b"never")
     assert path.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [path]
 
 
@@ -1367,7 +1351,7 @@ def test_training_is_saved_although_the_disk_of_the_curves_is_full(mouths, disk,
     with pytest.raises(SystemExit, match=r"logs: cannot be written \(No space left on device\)"):
         train.main(train_flags(mouths / "data", tmp_path, "--logs", logs, "--epochs", 10))
     assert (
-        torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["epoch"] >= 1
+        len(torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["history"]) >= 1
         and (tmp_path / "models" / "model.pt").exists()
     )
 

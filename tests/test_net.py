@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -149,13 +150,14 @@ def test_predict_takes_what_notebooks_have():
     expected = predict(model, [crop])
     torch.testing.assert_close(predict(torch.nn.DataParallel(model), [crop]), expected)
     grey = crop[..., 0]
-    assert torch.equal(predict(model, [grey]), predict(model, [grey[..., None]]))
-    assert torch.equal(predict(model, np.stack([crop, crop])), expected.expand(2, -1))
+    torch.testing.assert_close(predict(model, [grey]), predict(model, [grey[..., None]]))
+    torch.testing.assert_close(predict(model, np.stack([crop, crop])), expected.expand(2, -1))
     for odd, why in (
         ([crop / 255], "float64"),
         ([crop[..., :2]], r"\(60, 60, 2\)"),
         (Image.fromarray(crop), "one image"),
         (grey, "one image"),
+        (["photo.jpg"], "a crop is text, not a PIL image .*read_photo reads files"),
     ):
         with pytest.raises(ValueError, match=why):
             predict(model, odd)
@@ -164,14 +166,95 @@ def test_predict_takes_what_notebooks_have():
     torch.testing.assert_close(half, expected, atol=2e-2, rtol=0)
 
 
-def test_without_a_path_the_own_model_comes_before_the_one_of_the_project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_without_a_path_the_own_model_comes_before_that_beside_net_and_the_one_of_the_project(
+        tmp_path, monkeypatch, recwarn):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setattr(net, "__file__", str(tmp_path / "net.py"))
     monkeypatch.setattr(net, "PRETRAINED", tmp_path / "theirs.pt")
     with pytest.raises(FileNotFoundError, match="theirs.pt: no such model"):
         load_model()
-    for path in (net.PRETRAINED, net.MODEL):
+    for path in (net.PRETRAINED, tmp_path / net.MODEL, net.MODEL):
         save_model(simpleconv3(4), path)
+        recwarn.clear()
         assert load_model().path == path
+        assert [str(one.message) for one in recwarn] == [
+            f"no models/model.pt here: took {path}, which comes with the project"] * (path == net.PRETRAINED)
+
+
+def test_the_json_file_of_another_model_is_refused(tmp_path):
+    """Weights copied over one's own would get the other's names, at full confidence."""
+    ours, theirs = simpleconv3(4), simpleconv3(4)
+    theirs.classes = ("open", "shut", "left", "right")
+    save_model(ours, tmp_path / "ours.pt")
+    save_model(theirs, tmp_path / "theirs.pt")
+    shutil.copy(tmp_path / "theirs.pt", tmp_path / "ours.pt")
+    with pytest.raises(ValueError, match="ours.json: belongs to other weights than .*ours.pt; copy the"):
+        load_model(tmp_path / "ours.pt")
+    shutil.copy(tmp_path / "theirs.json", tmp_path / "ours.json")
+    assert load_model(tmp_path / "ours.pt").classes == theirs.classes
+    torch.save(torch.load(tmp_path / "ours.pt"), tmp_path / "ours.pt", _use_new_zipfile_serialization=False)
+    assert load_model(tmp_path / "ours.pt").classes == theirs.classes  # the same weights in another file
+    about = json.loads((tmp_path / "theirs.json").read_text("utf-8"))
+    del about["weights"]  # as earlier versions wrote it
+    (tmp_path / "ours.json").write_text(json.dumps(about), "utf-8")
+    shutil.copy(tmp_path / "theirs.pt", tmp_path / "ours.pt")
+    assert load_model(tmp_path / "ours.pt").classes == theirs.classes
+
+
+def test_whoever_loads_a_model_while_it_is_replaced_gets_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    import preprocess_lips
+
+    path, seen, real = tmp_path / "model.pt", [], preprocess_lips.write_file
+
+    def write_file(*args):
+        real(*args)
+        seen.append(load_model(path).about["run"])  # between the two files, and after them
+
+    save_model(simpleconv3(4), path, run=1)
+    monkeypatch.setattr(preprocess_lips, "write_file", write_file)
+    save_model(simpleconv3(4), path, run=2)
+    save_model(simpleconv3(4), path, run=3)
+    assert seen == [2, 2, 3, 3]
+
+
+class Tiny(torch.nn.Module):
+    """A network of somebody's own."""
+
+    def __init__(self, nclass):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 48 * 48, 8), torch.nn.ReLU())
+        self.head = torch.nn.Linear(8, nclass)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("name", ["tiny", "smallresnet"])
+def test_other_networks_are_saved_loaded_and_asked_like_simpleconv3(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(net.NETWORKS, "tiny", Tiny)
+    model = net.new_network(name, ("a", "b", "c")).eval()
+    save_model(model, tmp_path / "model.pt")
+    again = load_model(tmp_path / "model.pt")
+    crops = [np.full((60, 60, 3), level, np.uint8) for level in (20, 90, 200)]
+    assert torch.equal(predict(again, crops), predict(model, crops)) and again.classes == ("a", "b", "c")
+    x = torch.rand(5, 3, 48, 48)
+    seen = net.features(model, x)
+    torch.testing.assert_close(net.last_layer(model)[1](seen), model(x))
+    assert not net.last_layer(model)[1]._forward_pre_hooks
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(ValueError, match="model.pt: not a state dict of simpleconv3"):
+        load_model(tmp_path / "model.pt")
+    save_model(model, tmp_path / "model.pt", network="lost")
+    with pytest.raises(ValueError, match="network 'lost' is not in net.NETWORKS, which has simpleconv3"):
+        load_model(tmp_path / "model.pt")
+
+
+def test_a_small_network_may_not_bring_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(net.NETWORKS, "tiny", Tiny)
+    save_model(simpleconv3(4), tmp_path / "model.pt", network="tiny")
+    with pytest.raises(ValueError, match="not a state dict of tiny .larger than 5 MiB"):
+        load_model(tmp_path / "model.pt")
 
 
 def altered(key, value):
@@ -212,10 +295,10 @@ class Calls:
             "fc1.bias holds what is no weight",
         ),
         (altered("bn2.running_var", torch.full((24,), -1.0)), "bn2.running_var holds what is no weight"),
-        (altered("fc3.weight", torch.zeros(1, 1).expand(10**7, 128)), "tensors of more than 16 MiB"),
-        (altered("fc3.weight", torch.zeros(20_000_000, 0)), "fc3.weight has another shape"),
+        (altered("fc3.weight", torch.zeros(1, 1).expand(10**7, 128)), "tensors of more than 34 MiB"),
+        (altered("fc3.weight", torch.zeros(20_000_000, 0)), "it has no fc3.weight, or one of another shape"),
         (altered("new", torch.zeros(5 * 2**20, dtype=torch.uint8)), "new is torch.uint8"),
-        (altered("new", torch.zeros(4 * 2**20)), "tensors of more than 16 MiB"),
+        (altered("new", torch.zeros(9 * 2**20)), "larger than 34 MiB"),
         (Calls(bytearray, 2**28), "holds more than tensors"),
     ],
 )
@@ -334,19 +417,6 @@ def test_names_in_any_script_are_class_names(tmp_path):
     model.classes = ("张嘴", "می\u200cخندد", "with space", "a.b")
     save_model(model, tmp_path / "model.pt")
     assert load_model(tmp_path / "model.pt").classes == model.classes
-
-
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    path.write_bytes(b"old")
-
-    def fail(handle):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError):
-        net.write_file(path, b"half")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_predict_takes_crops_of_any_size():

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import re
@@ -6,6 +7,8 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import hostile
 import numpy as np
@@ -16,12 +19,43 @@ from PIL import Image, PngImagePlugin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision import transforms
 
+import net
 import train
 from net import load_model, save_model, simpleconv3, square
 from preprocess_lips import read_photo
-from train import confusion_matrix, draw_matrix, evaluate, jitter, load_images, main, random_boxes, resample
+from train import (
+    CropFolder,
+    confusion_matrix,
+    evaluate,
+    load_images,
+    main,
+    random_colour,
+    random_crop,
+    resample,
+)
 
 # --- the data path
+
+
+def settings(recipe="textbook", **more):
+    """The settings of a recipe, some of them others."""
+    return SimpleNamespace(**train.RECIPES[recipe] | more)
+
+
+def random_boxes(n, seed, **more):
+    """Centre x, centre y, half width, half height of random crops; the image spans -1 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    views = random_crop(torch.eye(2, 3).expand(n, -1, -1), generator, settings(**more))
+    assert views[:, 0, 1].eq(0).all() and views[:, 1, 0].eq(0).all()
+    return torch.cat([views[:, :, 2], views[:, [0, 1], [0, 1]]], 1)
+
+
+def load_files(paths, size):
+    """The images of some files as training decodes them."""
+    folder = Path(paths[0]).parent.parent
+    crops = CropFolder(folder, size)
+    places = [path for path, _ in crops.samples]
+    return load_images(crops, [places.index(str(path)) for path in paths])
 
 
 def largest_gap(a, b):
@@ -35,7 +69,7 @@ def largest_gap(a, b):
 
 def test_random_boxes_are_distributed_as_torchvisions():
     n = 20_000
-    ours = random_boxes(n, torch.Generator().manual_seed(0)).double().numpy()
+    ours = random_boxes(n, 0).double().numpy()
     crop, image = transforms.RandomResizedCrop(48), torch.empty(3, 1000, 1000)
     torch.manual_seed(0)
     theirs = np.array(
@@ -67,9 +101,9 @@ def test_random_boxes_are_distributed_as_torchvisions():
 
 
 def test_boxes_lie_inside_the_image_unless_they_may_go_beyond_it():
-    boxes = random_boxes(5000, torch.Generator().manual_seed(1))
+    boxes = random_boxes(5000, 1)
     assert (boxes[:, :2].abs() + boxes[:, 2:] <= 1 + 1e-6).all()
-    wide = random_boxes(5000, torch.Generator().manual_seed(1), (0.4, 1.4), 0.12)
+    wide = random_boxes(5000, 1, crop=(0.4, 1.4), shift=0.12)
     area = wide[:, 2] * wide[:, 3]
     assert (
         0.4 <= area.min() < 0.42 and 1.38 < area.max() <= 1.4 + 1e-6 and abs(float(area.mean()) - 0.9) < 0.02
@@ -82,70 +116,71 @@ def test_boxes_lie_inside_the_image_unless_they_may_go_beyond_it():
 )
 def test_pixels_of_a_box_are_torchvisions(mouths, left, top, width, height):
     path = sorted((mouths / "data" / "train").glob("*/*.png"))[3]
-    image = load_images([path], 64, mouths / "cache")
-    box = torch.tensor([[(left + width / 2) / 32 - 1, (top + height / 2) / 32 - 1, width / 64, height / 64]])
-    ours = resample(image, box)[0]
+    image = load_files([path], 64)
+    centre = (left + width / 2) / 32 - 1, (top + height / 2) / 32 - 1
+    view = torch.tensor([[[width / 64, 0, centre[0]], [0, height / 64, centre[1]]]])
+    ours = resample(image, view)[0]
     resized = transforms.functional.resized_crop(
         Image.fromarray(image[0].permute(1, 2, 0).numpy()), top, left, height, width, [48, 48]
     )
     theirs = transforms.functional.pil_to_tensor(resized).float()
     # ours has no antialiasing: at most 64 pixels become 48, where it hardly matters
     assert (ours - theirs).abs().mean() < (1.5 if width > 48 else 0.5)
-    mirrored = resample(image, box * torch.tensor([1, 1, -1, 1]))[0]
+    mirrored = resample(image, view * torch.tensor([-1, 1, 1]))[0]
     torch.testing.assert_close(mirrored, ours.flip(2), atol=1e-2, rtol=0)
 
 
 def test_grey_photos_meet_colour_in_training_and_colour_photos_lose_it():
     grey = torch.full((2000, 3, 4, 4), 100.0)
-    seen = jitter(grey, torch.Generator().manual_seed(0), 0.3, 0.25)[..., 0, 0]
+    seen = random_colour(grey, torch.Generator().manual_seed(0), settings(colour=0.3, grey=0.25))[..., 0, 0]
     tinted = seen.amax(1) - seen.amin(1) > 0.01
     assert 0.2 < tinted.float().mean() < 0.3
     assert (seen.mean(0) - 100).abs().max() < 2 and seen.min() > 100 * 0.7**2 and seen.max() < 100 * 1.3**2
 
     torch.manual_seed(0)
     coloured = 60 + 90 * torch.rand(2000, 3, 4, 4)
-    seen = jitter(coloured, torch.Generator().manual_seed(0), 0.3, 0.25)
+    seen = random_colour(coloured, torch.Generator().manual_seed(0), settings(colour=0.3, grey=0.25))
     ratios = seen / seen[:, :1]  # a tinted grey image has the same ones everywhere
     assert torch.equal((ratios.amax((2, 3)) - ratios.amin((2, 3))).amax(1) < 1e-4, tinted)
-    assert torch.allclose(jitter(coloured, torch.Generator(), 0.0, 0.0), coloured, atol=1e-3)
+    assert random_colour(coloured, torch.Generator(), settings(colour=0.0, grey=0.0)) is coloured
 
 
-def test_validation_pixels_are_torchvisions(mouths):
+def test_validation_pixels_are_torchvisions_and_those_that_predict_sees(mouths, tmp_path):
+    theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.PILToTensor()])
     paths = sorted((mouths / "data" / "val").glob("*/*.png"))
-    theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.PILToTensor()])
-    expected = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths])
-    assert torch.equal(load_images(paths, 48, mouths / "cache"), expected)
-
-
-def test_validation_pixels_of_jpegs_are_torchvisions_within_a_grey_level(mouths, tmp_path):
-    for path in (mouths / "data" / "val").glob("*/*.png"):
-        Image.open(path).save(tmp_path / f"{path.stem}.jpg", quality=95)
-    paths = sorted(tmp_path.glob("*.jpg"))
-    theirs = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.PILToTensor()])
-    expected = torch.stack([theirs(Image.open(path).convert("RGB")) for path in paths]).float()
-    assert (load_images(paths, 48, tmp_path / "cache") - expected).abs().mean() < 1
+    for path in paths[:4]:  # JPEGs, too, which could be decoded at half their size much faster
+        (tmp_path / "set" / "a").mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(tmp_path / "set" / "a" / f"{path.stem}.jpg", quality=95)
+    for some in (paths, sorted((tmp_path / "set" / "a").iterdir())):
+        expected = torch.stack([theirs(Image.open(path).convert("RGB")) for path in some])
+        assert torch.equal(load_files(some, 48), expected)
+        assert torch.equal(torch.stack([square(read_photo(path)) for path in some]), expected)
 
 
 def test_crops_are_seen_upright_and_on_white_as_predict_sees_them(mouths, tmp_path):
     crop = Image.open(sorted((mouths / "data" / "val" / "dark").glob("*.png"))[0]).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    crop.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    place = tmp_path / "set" / "x"
+    place.mkdir(parents=True)
+    crop.transpose(Image.Transpose.ROTATE_90).save(place / "a.png", exif=exif)
     clear = crop.convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 0, 128, 40))
-    clear.save(tmp_path / "b.png")
-    turned, white = load_images([tmp_path / "a.png", tmp_path / "b.png"], 48, tmp_path / "cache")
+    clear.save(place / "b.png")
+    turned, white = load_files([place / "a.png", place / "b.png"], 48)
     assert (
         torch.equal(turned, square(crop))
         and white[:, :10].eq(255).all()
         and torch.equal(white[:, 20:], square(crop)[:, 20:])
     )
-    for image in (turned, white):
-        name = "a.png" if image is turned else "b.png"
-        assert torch.equal(image, square(read_photo(tmp_path / name)))
-    Image.fromarray(np.full((60, 60), 3000, np.uint16)).save(tmp_path / "c.png")
-    with pytest.raises(OSError, match="c.png: not a readable image .more than 8 bits a channel"):
-        load_images([tmp_path / "c.png"], 48, tmp_path / "cache")
+
+
+def test_many_images_are_decoded_by_several_processes_to_the_same_pixels(mouths, monkeypatch):
+    crops = CropFolder(mouths / "data" / "train", 64)
+    here = load_images(crops)
+    monkeypatch.setattr(train, "MANY_IMAGES", 1)
+    monkeypatch.setattr(train, "own_cores", lambda: 2)
+    assert torch.equal(load_images(crops), here)
 
 
 def test_metadata_costs_no_crop(mouths, tmp_path):
@@ -153,24 +188,26 @@ def test_metadata_costs_no_crop(mouths, tmp_path):
     # orientation 3, and the software as a rational number
     exif = struct.pack("<2sHLH", b"II", 42, 8, 2) + struct.pack("<HHLL", 0x0112, 3, 1, 3)
     exif += struct.pack("<HHLL", 0x0131, 5, 1, 38) + struct.pack("<LLL", 0, 1, 3)
-    crop.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "a.png", exif=exif)
+    place = tmp_path / "set" / "x"
+    place.mkdir(parents=True)
+    crop.transpose(Image.Transpose.ROTATE_180).save(place / "a.png", exif=exif)
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "x" * 3_000_000, zip=True)
-    crop.save(tmp_path / "b.png", pnginfo=text)
-    crop.save(tmp_path / "c.png", exif=b"Exif\0\0broken")
-    for image in load_images(sorted(tmp_path.iterdir()), 48, tmp_path):
+    crop.save(place / "b.png", pnginfo=text)
+    crop.save(place / "c.png", exif=b"Exif\0\0broken")
+    for image in load_images(CropFolder(place.parent, 48)):
         assert torch.equal(image, square(crop))
 
 
 def test_images_that_do_not_fit_in_memory_live_in_a_file_without_a_name(mouths, tmp_path, monkeypatch):
-    paths = sorted((mouths / "data" / "train").glob("*/*.png"))
-    in_memory = load_images(paths, 64, tmp_path)
+    crops = CropFolder(mouths / "data" / "train", 64)
+    in_memory = load_images(crops)
     mapped, memmap = [], np.memmap
     monkeypatch.setattr(
         np, "memmap", lambda *args, **more: mapped.append(memmap(*args, **more)) or mapped[-1]
     )
     monkeypatch.setattr(train, "free_memory", lambda: 1)
-    assert torch.equal(load_images(paths, 64, tmp_path), in_memory)
+    assert torch.equal(load_images(crops, folder=tmp_path), in_memory)
     assert len(mapped) == 1 and mapped[0].nbytes == in_memory.numel() and not list(tmp_path.iterdir())
 
 
@@ -181,14 +218,18 @@ def data(mouths, tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("make, why", [
     (lambda path: path.write_bytes(hostile.png(50_000, 50_000)), "2500000000 pixels"),
     (lambda path: path.write_bytes(hostile.GHOSTSCRIPT), "EPS is not read"),
     (lambda path: path.symlink_to("gone"), "No such file"),
 ], ids=["bomb", "program", "broken link"])
-def test_an_image_that_cannot_be_decoded_is_one_line_that_names_it(data, make, why):
+def test_an_image_that_cannot_be_decoded_is_one_line_that_names_it(data, monkeypatch, make, why, workers):
+    if workers:
+        monkeypatch.setattr(train, "MANY_IMAGES", 0)
+        monkeypatch.setattr(train, "own_cores", lambda: workers)
     make(data / "train" / "dark" / "bad.png")
-    why = f"^error: .*bad.png: not a readable image .*{why}[^\n]*; remove it and run the command again$"
+    why = f"^error: .*bad.png: unreadable: .*{why}[^\n]*; remove it and run the command again$"
     with pytest.raises(SystemExit, match=why):
         main(["--data", str(data), "--models", str(data / "models"), "--device", "cpu"])
 
@@ -232,30 +273,29 @@ def test_evaluate_sums_over_samples_whatever_the_batches():
 def test_confusion_matrix_has_true_classes_in_rows():
     matrix = confusion_matrix(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2]), 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
-    assert draw_matrix(matrix, ("a", "嘴", "a long name of a class")).shape[2] == 3
 
 
 def test_calibration_error_by_hand_and_temperature_mends_it():
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
-    error = train.calibration_error(probabilities, torch.tensor([0, 1, 0]))
+    error = net.calibration_error(probabilities, torch.tensor([0, 1, 0]))
     assert error == pytest.approx((2 * abs(0.5 - 0.9) + 1 * abs(1 - 0.6)) / 3)
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(4000, 3, generator=generator)
     labels = torch.multinomial(true.softmax(1), 1, generator=generator)[:, 0]
-    assert train.fit_temperature(3 * true, labels) == pytest.approx(3, rel=0.1)
+    assert net.fit_temperature(3 * true, labels) == pytest.approx(3, rel=0.1)
     assert (
-        train.calibration_error((3 * true).softmax(1), labels)
+        net.calibration_error((3 * true).softmax(1), labels)
         > 0.1
         > 0.04
-        > train.calibration_error(true.softmax(1), labels)
+        > net.calibration_error(true.softmax(1), labels)
     )
 
 
 def test_smoothing_does_not_favour_rare_classes():
     """With the loss that is least for these labels, a rare class is no likelier than another wrong one."""
-    labels, weights = torch.tensor([0] * 50 + [1] * 49 + [2]), torch.tensor([1.0, 1.0, 8.0])
+    labels, counts = torch.tensor([0] * 50 + [1] * 49 + [2]), torch.tensor([40, 40, 5])
     logits = torch.zeros(3, 3, requires_grad=True)
-    criterion, optimizer = train.make_criterion(weights, 0.1), torch.optim.SGD([logits], 1.0)
+    criterion, optimizer = train.make_criterion(counts, 1.0, 0.1), torch.optim.SGD([logits], 1.0)
     for _ in range(500):
         optimizer.zero_grad()
         criterion(logits[labels], labels).backward()
@@ -267,24 +307,27 @@ def test_smoothing_does_not_favour_rare_classes():
 
 
 def test_rare_classes_weigh_more():
-    counts = torch.tensor([90, 10])
-    assert torch.equal(train.class_weights(counts, 0.0), torch.ones(2))
-    even = train.class_weights(counts, 1.0)
-    assert even[0] * 90 == pytest.approx(float(even[1] * 10))
+    logits, labels = torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 1])
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    for balance, weights in ((0.0, (1, 1)), (1.0, (1, 9)), (0.5, (1, 3))):
+        loss = train.make_criterion(torch.tensor([90, 10]), balance, 0.0)(logits, labels)
+        assert float(loss) == pytest.approx(float((losses * torch.tensor(weights)).sum() / sum(weights)))
 
 
 def test_augmentation_keeps_levels_and_mirrors_turn_about_the_centre(mouths):
-    paths = sorted((mouths / "data" / "train").glob("*/*.png"))
-    images = load_images(paths, 64, mouths / "cache")
+    images = load_images(CropFolder(mouths / "data" / "train", 64))
     for recipe in train.RECIPES:
-        names = "crop shift flip rotate colour grey".split()
-        settings = {key: train.RECIPES[recipe][key] for key in names}
-        batch = train.augment(images, torch.Generator().manual_seed(0), **settings)
+        batch = train.augment(images, torch.Generator().manual_seed(0), settings(recipe))
         assert batch.shape == (32, 3, 48, 48) and -1 <= batch.min() < batch.max() <= 1
-        assert torch.equal(batch, train.augment(images, torch.Generator().manual_seed(0), **settings))
-    whole = torch.tensor([[0.0, 0, 1, 1]]).expand(32, -1)
-    half_turn = resample(images, whole, torch.full((32,), np.pi))
+        assert torch.equal(batch, train.augment(images, torch.Generator().manual_seed(0), settings(recipe)))
+    whole = torch.eye(2, 3).expand(32, -1, -1)
+    half_turn = resample(images, -whole)
     torch.testing.assert_close(half_turn, resample(images, whole).flip(2, 3), atol=0.05, rtol=0)
+    turned = train.random_turn(whole, torch.Generator().manual_seed(0), settings(rotate=15.0))
+    angles = torch.rad2deg(torch.atan2(turned[:, 1, 0], turned[:, 0, 0]))
+    assert 12 < angles.abs().max() <= 15 and angles.min() < 0 < angles.max()
+    mirrored = train.random_flip(whole, torch.Generator().manual_seed(0), settings())[:, 0, 0]
+    assert set(mirrored.tolist()) == {-1.0, 1.0}
 
 
 # --- whole runs
@@ -313,6 +356,7 @@ def weights(path):
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.sheets
 def test_a_run_learns_and_leaves_model_json_and_curves(run, tmp_path, capsys):
     about = run("--epochs", 12, "--lr", 0.03)
     assert about["best"]["val_acc"] == 1.0 and about["classes"] == ["bright", "dark"]
@@ -327,7 +371,10 @@ def test_a_run_learns_and_leaves_model_json_and_curves(run, tmp_path, capsys):
         assert [e.step for e in events.Scalars(tag)] == list(range(1, 13))
     assert all(0 <= e.value <= 1 for e in events.Scalars("data/trainacc"))
     assert events.Scalars("data/valacc")[about["best"]["epoch"] - 1].value == 1.0
-    assert {"confusion matrix", "worst mistakes", "augmented training crops"} == set(tags["images"])
+    assert {"how well the kept weights do", "augmented training crops"} == set(tags["images"])
+    sheet = Image.open(tmp_path / "models" / "model.png")
+    assert sheet.size[0] > 1000 and np.asarray(sheet).std() > 10
+    assert about["scores"]["dark"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "images": 4}
     assert tags["graph"] and tags["histograms"]
     out = capsys.readouterr().out
     assert out.count("\nepoch ") + out.startswith("epoch ") == 12 and "models/model.pt" in out.replace(
@@ -372,7 +419,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run, tmp_path, ctrl_c, recipe):
     whole, resumed = (weights(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "models"))
     for part in ("model", "kept"):
         assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
-    assert whole["last"] == resumed["last"] and whole["best"] == resumed["best"]
+    assert whole["history"] == resumed["history"] and whole["confusion"] == resumed["confusion"]
     log = [p for p in (tmp_path / "logs").iterdir() if str(p.name) in resumed["log_dir"]][0]
     assert [e.step for e in scalars(log).Scalars("data/valacc")] == [1, 2, 3, 4, 5, 6]
 
@@ -413,7 +460,7 @@ def test_a_run_is_resumed_on_the_devices_that_there_are(run, tmp_path, capsys):
     torch.save(weights(path) | {"device": "cuda"}, path)
     run("--resume", "--epochs", 2)
     assert "the run was begun on cuda; it goes on on cpu" in capsys.readouterr().out
-    assert weights(path)["epoch"] == 2
+    assert len(weights(path)["history"]) == 2
 
 
 @pytest.mark.parametrize("flags, learnt", [([], False), (["--no-flip"], True)])
@@ -458,11 +505,49 @@ def test_the_last_layers_weights_go_to_classes_of_the_same_name(tmp_path):
     old = simpleconv3(3)
     old.classes = ("a", "b", "c")
     save_model(old, tmp_path / "old.pt")
-    new = train.make_net(("c", "new", "a"), load_model(tmp_path / "old.pt"))
+    new = train.make_net("simpleconv3", ("c", "new", "a"), load_model(tmp_path / "old.pt"))
     assert torch.equal(new.fc3.weight[[0, 2]], old.fc3.weight[[2, 0]])
     assert torch.equal(new.fc3.bias[[0, 2]], old.fc3.bias[[2, 0]])
     assert not any(torch.equal(new.fc3.weight[1], row) for row in old.fc3.weight)
     assert torch.equal(new.fc1.weight, old.fc1.weight)
+
+
+@pytest.mark.parametrize("classes, kept", [
+    (("bright", "dark"), True), (("bright",), True), (("bright", "dark", "grin"), False), (("a",), False)])
+def test_weights_that_know_the_classes_are_gone_half_the_way_from(run, tmp_path, ctrl_c, classes, kept):
+    """Of classes that they do not know all is learnt, and all of another task."""
+    torch.manual_seed(5)
+    old = net.new_network("simpleconv3", classes)
+    save_model(old, tmp_path / "old.pt")
+    flags = ("--weights", "old.pt", "--epochs", 4, "--average", 0, "--lr", 0.01, "--keep", "last")
+    with ctrl_c(3):
+        run(*flags, "--mix", 0.25)
+    (tmp_path / "old.pt").rename(tmp_path / "gone.pt")
+    run("--resume")
+    (tmp_path / "gone.pt").rename(tmp_path / "old.pt")
+    run(*flags, "--models", "whole")
+    mixed, whole = (weights(tmp_path / folder / "model.pt") for folder in ("models", "whole"))
+    for key, value in whole.items():
+        if value.is_floating_point():
+            start = net.new_network("simpleconv3", ("bright", "dark")).state_dict()[key]  # for its shape
+            share = torch.full_like(start, 0.25 if kept else 1.0)
+            if key.startswith("fc3"):
+                start[:len(classes)] = old.state_dict()[key][:2]
+                share[len(classes):] = 1
+            else:
+                start = old.state_dict()[key]
+            torch.testing.assert_close(mixed[key], start.lerp(value, share), atol=1e-6, rtol=1e-5)
+
+
+def test_what_weights_to_start_from_make_of_the_images_is_said(run, tmp_path, capsys):
+    run("--epochs", 12, "--lr", 0.03)
+    about = load_model("models/model.pt")
+    about.classes = ("dark", "bright")
+    save_model(about, tmp_path / "other.pt")
+    for path, said in (("models/model.pt", "16 of 16 bright, 16 of 16 dark"),
+                       ("other.pt", r"0 of 16 bright \(if it means something else here, give it another")):
+        run("--weights", path, "--epochs", 1, "--models", "new")
+        assert re.search(f"^{path} names as filed: {said}", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("classes, lost", [(("bright", "dark", "grin"), ["grin"]), (("a", "b"), [])])
@@ -472,14 +557,17 @@ def test_a_class_of_the_weights_without_images_is_pointed_out(run, tmp_path, cap
     old.classes = classes
     save_model(old, tmp_path / "old.pt")
     run("--weights", "old.pt", "--epochs", 1)
-    assert re.findall(r"^old.pt also names (.*); without images", capsys.readouterr().out, re.M) == lost
+    assert re.findall(r"^old.pt names .*; it also names (.*): without", capsys.readouterr().out, re.M) == lost
 
 
 def test_of_a_few_images_some_are_left_out_in_turns(run, mouths, none_left_out, monkeypatch, capsys):
     monkeypatch.setattr(train, "FEW_STEPS", none_left_out)
     run("--epochs", 2, "--lr", 0.03)
-    said = r"four fifths of all 40 images in turns, it names \d+\.\d% of the rest rightly, give or take \d+%"
-    assert re.search(said, capsys.readouterr().out)
+    said = (r"four fifths of all 40 images in turns, it names (\d+\.\d)% of the rest rightly, give or take "
+            r"\d+%; balanced over the classes \1%; whoever always says bright is right on 50.0%")
+    out = capsys.readouterr().out
+    assert re.search(said, out) and "s of leaving some out" in out
+    assert "leaving a fifth of all images out" in out  # before it begins, as there is no terminal for a bar
     args = train.parse_args(["--data", str(mouths / "data"), "--epochs", "2000"])
     assert train.leave_some_out(args) is None  # it would take minutes
 
@@ -503,12 +591,143 @@ def test_a_temperature_is_fitted_on_many_validation_images_only():
     logits = (
         9 * torch.nn.functional.one_hot(torch.where(torch.rand(400) < 0.8, labels, 1 - labels), 2).float()
     )
-    assert train.calibrate(logits, labels)["temperature"] > 2
-    assert train.calibrate(logits[:199], labels[:199])["temperature"] == 1.0
+    assert net.calibrate(logits, labels)["temperature"] > 2
+    assert net.calibrate(logits[:199], labels[:199])["temperature"] == 1.0
 
 
 def test_computing_in_bfloat16_learns_as_well(run):
     assert run("--epochs", 12, "--lr", 0.03, "--amp")["best"]["val_acc"] == 1.0
+
+
+def test_a_setting_that_a_checkpoint_lacks_is_as_before_and_one_that_is_gone_is_named(run, tmp_path):
+    run("--epochs", 1)
+    path = tmp_path / "models" / "checkpoint.pt"
+    state = weights(path)
+    fewer = {key: value for key, value in state["settings"].items() if key not in ("grey", "net")}
+    torch.save(state | {"settings": fewer}, path)
+    about = run("--resume", "--epochs", 2)
+    assert about["settings"]["grey"] == 0 and about["settings"]["net"] == "simpleconv3"
+    torch.save(state | {"settings": fewer | {"blur_side": 2}}, path)
+    with pytest.raises(SystemExit, match="begun with --blur-side, which train.py no longer knows"):
+        run("--resume", "--epochs", 2)
+
+
+class Tiny(torch.nn.Module):
+    """A network of somebody's own."""
+
+    def __init__(self, nclass):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.head = torch.nn.Linear(3 * 12 * 12, nclass)
+
+    def forward(self, x):
+        return self.head(torch.nn.functional.avg_pool2d(self.norm(x), 4).flatten(1))
+
+
+def invert(pixels, generator, settings):
+    """An augmentation of somebody's own."""
+    chosen = torch.rand(len(pixels), 1, 1, 1, generator=generator, device=pixels.device) < settings.invert
+    return torch.where(chosen, 255 - pixels, pixels)
+
+
+def test_another_network_and_augmentation_take_a_line_each(run, mouths, monkeypatch, ctrl_c, inside):
+    monkeypatch.setitem(train.NETWORKS, "tiny", Tiny)
+    setting = train.Setting("invert", (0.0, 0.0, 0.1), "share with inverted levels")
+    monkeypatch.setattr(train, "SETTINGS", (*train.SETTINGS, setting))
+    monkeypatch.setitem(train.RECIPES, "textbook", train.RECIPES["textbook"] | {"invert": 0.0})
+    monkeypatch.setattr(train, "LOOKS", [*train.LOOKS, invert])
+    flags = ("--net", "tiny", "--epochs", 6, "--lr", 0.03, "--invert", 0.05)
+    with ctrl_c(3):
+        run(*flags)
+    about = run("--resume")
+    assert about["last"]["epoch"] == 6 and about["network"] == "tiny"
+    assert about["settings"]["invert"] == 0.05
+    whole = run(*flags, "--models", "whole")
+    assert about["last"] == whole["last"] and about["best"]["val_acc"] > 0.8
+    said = inside("predict.py", "--evaluate", mouths / "data" / "val", "--crops", "--json").stdout
+    assert json.loads(said.splitlines()[-1])["accuracy"] == round(about["best"]["val_acc"], 4)
+    assert "network: tiny" in inside("net.py", "models/model.pt").stdout
+    flags = ("--net", "tiny", "--weights", "models/model.pt", "--epochs", 1, "--lr", 1e-9)
+    again = run(*flags, "--models", "again")
+    assert again["best"]["val_acc"] == about["best"]["val_acc"]
+    with pytest.raises(SystemExit, match="weights of tiny, but --net is simpleconv3; add --net tiny"):
+        run("--weights", "models/model.pt")
+    if importlib.util.find_spec("onnx"):
+        inside("net.py", "models/model.pt", "--export", "model.onnx")
+    with pytest.raises(SystemExit, match="2"):
+        run("--invert", 2)
+
+
+def test_validation_names_what_predict_names_to_the_last_digit(run, mouths, inside):
+    """JPEGs, and a model that is neither always right nor sure."""
+    for part in ("train", "val"):
+        for path in (mouths / "data" / part).glob("*/*.png"):
+            jpeg = Path("jpegs", part, path.parent.name, f"{path.stem}.jpg")
+            jpeg.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).save(jpeg, quality=90)
+    for seed in range(8):  # the first whose accuracy says something
+        about = run("--data", "jpegs", "--epochs", 1, "--lr", 0.02, "--seed", seed)
+        if 0.5 < about["last"]["val_acc"] < 1:
+            break
+    data = train.load_data(Path("jpegs"))
+    model = load_model("models/model.pt")
+    ours = train.logits_of(model, data.val_images).detach().softmax(1)
+    said = inside("predict.py", "--evaluate", "jpegs/val", "--crops", "--json").stdout
+    said = json.loads(said.splitlines()[-1])
+    assert said["accuracy"] == round(about["last"]["val_acc"], 4)
+    assert torch.tensor(said["confusion"]).equal(confusion_matrix(ours.argmax(1), data.val_labels, 2).long())
+    lines = inside("predict.py", "jpegs/val", "--crops", "--json").stdout.splitlines()
+    theirs = {row["source"]: row["probabilities"] for row in map(json.loads, lines)}
+    for path, row in zip(data.val_paths, ours.tolist()):
+        assert list(theirs[path].values()) == [round(p, 4) for p in row]
+    onnxruntime = pytest.importorskip("onnxruntime")
+    inside("net.py", "models/model.pt", "--export", "model.onnx")
+    session = onnxruntime.InferenceSession("model.onnx")
+    (out,) = session.run(None, {"levels": data.val_images.float().numpy()})
+    np.testing.assert_allclose(out, ours.numpy(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", ["textbook", "strong"])
+def test_the_same_seed_gives_the_same_bits_on_a_gpu(run, tmp_path, recipe):
+    for folder in "ab":
+        run("--recipe", recipe, "--epochs", 4, "--device", "cuda", "--models", folder)
+    a, b = (weights(tmp_path / folder / "checkpoint.pt")["model"] for folder in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_weights_none_begins_with_random_ones(run):
+    assert run("--recipe", "finetune", "--weights", "none", "--epochs", 1)["settings"]["weights"] is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_the_end_of_a_job_saves_all_finished_epochs_as_ctrl_c_does(run, monkeypatch, name):
+    real, calls = train.evaluate, []
+
+    def evaluate(*args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+        return real(*args, **more)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(SystemExit, match="all finished epochs are saved; 'python train.py --resume"):
+        run("--epochs", 9)
+    assert json.loads(Path("models", "model.json").read_text("utf-8"))["last"]["epoch"] == 2
+
+
+def test_a_last_epoch_that_is_far_worse_than_the_best_is_pointed_out(run, monkeypatch, capsys):
+    real, accuracies = train.score, iter((1.0, 0.4, 0.4))
+    monkeypatch.setattr(train, "score", lambda *args: real(*args) | {"val_acc": next(accuracies)})
+    run("--recipe", "strong", "--epochs", 3, "--lr", 0.01)
+    out = capsys.readouterr().out
+    assert "epoch 1 did far better than the last one, which is kept" in out and "--keep best" in out
+
+
+def test_the_line_for_the_curves_can_be_pasted(run, tmp_path, capsys):
+    run("--epochs", 1, "--logs", "logs [1]")
+    assert "\ncurves: tensorboard --logdir 'logs [1]'\n" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_an_earlier_version_says_so(run, tmp_path):
@@ -535,7 +754,7 @@ def test_links_are_followed_but_not_in_circles_and_what_is_hidden_or_of_other_pr
         path = tmp_path / "set" / hidden
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(next((tmp_path / "elsewhere").iterdir()), path)
-    folder = train.CropFolder(tmp_path / "set")
+    folder = train.CropFolder(tmp_path / "set", 48)
     assert folder.classes == ["dark"] and len(folder) == 16
 
 
@@ -547,7 +766,7 @@ def test_ctrl_c_before_an_epoch_is_done_promises_nothing(run, monkeypatch):
 
     os.utime("models/checkpoint.pt", (1, 1))  # of an older run
     monkeypatch.setattr(train, "evaluate", interrupt)
-    with pytest.raises(SystemExit, match="interrupted before an epoch was finished: nothing is saved"):
+    with pytest.raises(SystemExit, match="interrupted: before an epoch was finished: nothing is saved"):
         run("--epochs", 2)
 
 
@@ -581,10 +800,11 @@ def test_a_checkpoint_in_which_something_is_of_another_kind_is_damaged(run, tmp_
         {"model": short},
         {"kept": {}},
         {"optimizer": 3},
-        {"epoch": "one"},
-        {"best": None},
-        {"best": {}},
-        {"last": {"val_acc": "x"}},
+        {"history": "one"},
+        {"history": [None]},
+        {"history": [{}]},
+        {"history": [state["history"][0] | {"val_acc": "x"}]},
+        {"confusion": [["x"]]},
         {"classes": None},
         {"settings": []},
         {"settings": {}},
@@ -738,7 +958,7 @@ def test_a_run_resumed_by_two_processes_ends_with_the_same_bits(job):
     usual, resumed = (weights(root / name / "models" / "checkpoint.pt") for name in ("usual", "resumed"))
     for part in ("model", "kept"):
         assert all(torch.equal(usual[part][key], resumed[part][key]) for key in usual[part])
-    assert usual["last"] == resumed["last"] and usual["best"] == resumed["best"]
+    assert usual["history"] == resumed["history"]
 
 
 @posix
@@ -755,7 +975,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint_to_resume(job):
     root, _, status = job
     assert status != 0
     models = root / "endless" / "models"
-    done = torch.load(models / "checkpoint.pt", weights_only=True)["epoch"]
+    done = len(torch.load(models / "checkpoint.pt", weights_only=True)["history"])
     assert done >= 1 and load_model(models / "model.pt").classes == ("bright", "dark")
 
 
@@ -769,7 +989,9 @@ def test_settings_that_cannot_work_are_one_clear_error(inside, mouths, tmp_path)
         (("--smoothing", 2), "--smoothing must be between 0 and 1"),
         (("--seed", 10**20), "--seed must be between"),
         (("--rotate", "nan"), "--rotate must be between 0 and 180"),
-        (("--lr", -1), "--lr must be more than 0"),
+        (("--lr", -1), "--lr must be at least 1e-12"),
+        (("--crop", 1, 0.5), "--crop: the smaller number first"),
+        (("--net", "gone"), "argument --net: invalid choice: 'gone'"),
         (("--epochs", 0), "--epochs must be at least 1"),
     ):
         assert why in inside("train.py", *flags, check=2).stderr
@@ -783,7 +1005,7 @@ def test_settings_that_cannot_work_are_one_clear_error(inside, mouths, tmp_path)
     (tmp_path / "data" / "val" / "bright" / "broken.jpg").write_bytes(b"nothing")
     shutil.copytree(mouths / "data" / "train" / "dark", tmp_path / "data" / "train" / "dark")
     shutil.copytree(mouths / "data" / "val" / "dark", tmp_path / "data" / "val" / "dark")
-    assert "broken.jpg: not a readable image" in inside("train.py", check=1).stderr
+    assert "broken.jpg: unreadable: " in inside("train.py", check=1).stderr
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_advice_and_keeps_the_best(run, tmp_path):

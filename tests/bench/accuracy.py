@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import torch  # noqa: E402
 from textbook import folders, train_textbook  # noqa: E402
 
+import net  # noqa: E402
 import train  # noqa: E402
 from preprocess_lips import MANIFEST, read_csv  # noqa: E402
 from split_train_val import group_of, list_crops  # noqa: E402
@@ -65,11 +66,11 @@ def one_fold(recipe, data, more):
     epochs = int(epochs or train.RECIPES["textbook" if name == "torchvision" else name]["epochs"])
     if name == "torchvision":
         sets = folders(data)
-        *_, (seconds, _, net) = train_textbook(*sets, len(sets[0].classes), epochs, workers=2)
+        *_, (seconds, _, trained) = train_textbook(*sets, len(sets[0].classes), epochs, workers=2)
         labels = torch.tensor(sets[1].targets)
         images = torch.stack([image for image, _ in sets[1]])
         with torch.inference_mode():
-            return net.eval()(images), labels, seconds
+            return trained.eval()(images), labels, seconds
     args = train.parse_args([
         "--recipe", name, "--epochs", str(epochs), "--data", str(data), "--logs", str(data / "logs"),
         "--models", str(data / "models"), *more])
@@ -77,9 +78,10 @@ def one_fold(recipe, data, more):
         run = train.train(args)
     seconds = time.perf_counter() - start
     learner = train.Learner(args, run.classes, torch.ones(len(run.classes)), 1, torch.device("cpu"), 1)
-    run.restore(run.state, learner)
-    val = train.load_data(data)
-    return train.evaluate(learner.judged, val.val_images, val.val_labels)[2], val.val_labels, seconds
+    run.restore(run.state, learner)  # of the last epoch, whichever was kept
+    val = train.CropFolder(data / "val", net.CROP_SIZE)
+    images, labels = train.load_images(val), torch.tensor(val.targets)
+    return train.evaluate(learner.judged, images, labels)[2], labels, seconds
 
 
 def lay_out(files, held_out, folder):
@@ -93,9 +95,9 @@ def lay_out(files, held_out, folder):
 
 def print_matrix(title, probabilities, truths, classes):
     """Share named rightly, calibration error, and the confusion matrix: rows are true, columns named."""
-    matrix = train.confusion_matrix(probabilities.argmax(1), truths, len(classes))
+    matrix = net.confusion_matrix(probabilities.argmax(1), truths, len(classes))
     recall, often = matrix.diagonal() / matrix.sum(1), matrix.sum(1) >= OFTEN
-    error = train.calibration_error(probabilities, truths)
+    error = net.calibration_error(probabilities, truths)
     print(f"  {title}: {matrix.trace() / matrix.sum():.2%} of {len(truths):,}, balanced over classes of "
           f"{OFTEN} and more {recall[often].mean():.2%}, calibration error {error:.1%}")
     for name, row, share in zip(classes, matrix.int().tolist(), recall.tolist()):
@@ -125,41 +127,23 @@ def few_photos(files, recipes, sizes, draws, tested, more):
 
 
 def plot(curves, path):
-    """Write the curves of `few_photos` as an SVG picture, number of photos on a logarithmic axis."""
-    sizes = sorted({size for points in curves.values() for size, *_ in points})
-    low = min(mean for points in curves.values() for _, mean, _ in points) // 0.1 / 10
-    width, height, left, top = 560, 300, 56, 20
+    """Draw the curves of `few_photos`, number of photos on a logarithmic axis."""
+    from matplotlib.figure import Figure
 
-    def x(size):
-        return left + (width - left - 120) * np.log(size / sizes[0]) / np.log(sizes[-1] / sizes[0])
-
-    def y(share):
-        return top + (height - top - 50) * (1 - share) / (1 - low)
-
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for share in np.arange(low, 1.001, 0.1):
-        lines.append(f'<path d="M{left} {y(share):.1f}H{width - 120}" stroke="#ddd"/>'
-                     f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
-    for size in sizes:
-        lines.append(f'<text x="{x(size):.1f}" y="{height - 30}" text-anchor="middle">{size}</text>')
-    lines.append(
-        f'<text x="{(left + width - 120) / 2}" y="{height - 8}" text-anchor="middle">photos a class</text>'
-    )
-    for (recipe, points), colour in zip(curves.items(), ("#1f62a8", "#c8553d", "#5a8f3c", "#777")):
-        way = " ".join(f"{x(size):.1f},{y(mean):.1f}" for size, mean, _ in points)
-        lines.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-        lines += [
-            f'<path d="M{x(size):.1f} {y(mean - spread):.1f}V{y(mean + spread):.1f}" stroke="{colour}"/>'
-            f'<circle cx="{x(size):.1f}" cy="{y(mean):.1f}" r="4" fill="{colour}"/>'
-            for size, mean, spread in points
-        ]
-        size, mean, _ = points[-1]
-        lines.append(f'<text x="{x(size) + 12:.1f}" y="{y(mean) + 4:.1f}" fill="{colour}">{recipe}</text>')
-    path.write_text("\n".join([*lines, "</svg>", ""]), "utf-8")
+    figure = Figure((6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for recipe, points in curves.items():
+        sizes, means, spreads = zip(*points)
+        axes.errorbar(sizes, means, spreads, marker="o", capsize=3, label=recipe)
+        axes.annotate(recipe, (sizes[-1], means[-1]), (10, -4), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, sizes, minor=False)
+    axes.minorticks_off()
+    axes.set(xlabel="photos a class", xlim=(None, 1.9 * sizes[-1]))
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
 
 
 def main():
@@ -219,7 +203,7 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 lay_out(files, held_out, folder)
                 out, truth, time_taken = one_fold(recipe, Path(folder), more)
-            matrix = train.confusion_matrix(out.argmax(1), truth, len(classes))
+            matrix = net.confusion_matrix(out.argmax(1), truth, len(classes))
             accuracy.append(float(matrix.trace() / matrix.sum()))
             balanced.append(float((matrix.diagonal() / matrix.sum(1)).mean()))
             seconds.append(time_taken)
