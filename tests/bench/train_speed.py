@@ -2,6 +2,7 @@
 
     python tests/bench/train_speed.py              13,577 + 1,509 crops of 128 x 128, about 4 minutes
     python tests/bench/train_speed.py --amp        the same, and train.py once more with its --amp
+    python tests/bench/train_speed.py --busy       train.py alone and beside a busy loop on every core
     python tests/bench/train_speed.py --growth     how train.py's time and memory grow with the images
     python tests/bench/train_speed.py --logging    what TensorBoard's curves and pictures cost of a whole run
 
@@ -116,8 +117,9 @@ def logging(data, epochs):
 
         setattr(cls, name, method)
 
-    for cls, name in ((train.Curves, "__init__"), (train.Curves, "epoch"), (train.SummaryWriter, "close")):
-        timed(cls, name, "waits", time.perf_counter)
+    timed(train.SummaryWriter, "close", "waits", time.perf_counter)
+    for name in ("__init__", "add_epoch"):
+        timed(train.Curves, name, "waits", time.perf_counter)
     timed(_AsyncWriterThread, "run", "writer", time.thread_time)
     with tempfile.TemporaryDirectory() as folder:
         where = f"--data {data} --device cpu --logs {folder}/logs --models {folder}/models"
@@ -164,6 +166,16 @@ def measure(part, data, epochs, *more):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def beside_busy_loops(data):
+    """Seconds an epoch of train.py while another process keeps each core busy."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        return measure("ours", data, 4)["epoch"]
+    finally:
+        for loop in loops:
+            loop.kill()
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -171,6 +183,7 @@ def main():
     parser.add_argument("--images", type=int, default=15086, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--amp", action="store_true", help="time train.py with and without its --amp")
+    parser.add_argument("--busy", action="store_true", help="time train.py beside busy loops, too")
     parser.add_argument(
         "--growth", action="store_true", help="1x, 4x and 16x of 2,000 images, in memory and mapped"
     )
@@ -189,6 +202,14 @@ def main():
         return
     print(f"{os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
+        if args.busy:
+            data = Path(folder)
+            make_crops(data, 2000)
+            pairs = [(measure("ours", data, 4)["epoch"], beside_busy_loops(data)) for _ in range(args.rounds)]
+            alone, busy = map(statistics.median, zip(*pairs))
+            print(f"an epoch of 1,800 crops: {alone:.2f} s alone, {busy:.2f} s beside busy loops, "
+                  f"{statistics.median(b / a for a, b in pairs):.1f} times as long")
+            return
         if args.growth:
             print(f"{'images':>8}{'s/epoch':>10}{'peak MB':>10}{'mapped s/epoch':>16}{'peak MB':>10}")
             for n in (2000, 8000, 32000):
