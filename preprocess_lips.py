@@ -44,6 +44,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection
@@ -52,7 +53,8 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.Image import Transpose
 from tqdm import tqdm
 
 
@@ -65,11 +67,10 @@ class Later:
     def __getattr__(self, attribute):
         try:
             globals()[self._name] = module = importlib.import_module(self._name)
-        except ModuleNotFoundError as error:
-            raise ImportError(f"{error}; 'pip install -r requirements.txt' brings it") from None
-        except ImportError as error:  # it needs libraries of a desktop, which slim containers lack
-            raise ImportError(f"{self._name} cannot be loaded ({error}); on Debian and Ubuntu "
-                              "'apt-get install libgl1 libglib2.0-0' brings what OpenCV needs") from None
+        except ImportError as error:  # OpenCV needs libraries of a desktop, which slim containers lack
+            raise ImportError(
+                f"{self._name} cannot be loaded ({error}); 'pip install -r requirements.txt' brings it, on "
+                "Debian and Ubuntu 'apt-get install libgl1 libglib2.0-0' what OpenCV needs") from None
         return getattr(module, attribute)
 
 
@@ -93,10 +94,12 @@ MAX_PIXELS = 120_000_000  # the largest cameras and telephones make 108 million
 MAX_BYTES = 4 * MAX_PIXELS  # of the file
 MAX_SECONDS = 60  # for a photo in a worker process
 MAX_MEMORY = 2 << 30  # bytes that a worker process takes beside what it starts with
+MAX_PROFILE = 1 << 20  # bytes of a profile of colours; larger ones are for print
+MAX_LOST = 0.05  # of the pixels of a file without its end
 MAX_FRAMES = 100  # of an animation that begins with frames of one colour
 
 NEEDED = ("source", "class", "status", "crop", "sha1", "bytes", "mtime_ns")
-COLUMNS = (*NEEDED, "face", "mouth", "detector", "settings")
+COLUMNS = (*NEEDED, "face", "mouth", "detector", "note", "settings")
 # What becomes of a photo: `process_photo` says it, of copies `settle`. data/README.md explains each.
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
@@ -105,6 +108,7 @@ JOURNAL = "manifest.csv.part"  # and the process's number: what is done, until t
 
 # --- reading a photo
 
+SAME_COLOUR = 3  # levels by which a profile of colours may differ from sRGB and still count as that
 ONE_COLOUR = 16  # levels: a frame with no more between its darkest and its brightest pixel shows nothing
 HEIC = (".heic", ".heif", ".hif")  # what iPhones make
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # as such files begin
@@ -120,13 +124,8 @@ warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 TURNS = {  # by EXIF orientation, what makes a photo upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }
 
 
@@ -171,14 +170,33 @@ def read_file(path):
 
 
 def _decode(source, least=None):
-    """As `read_photo`, and the photo's true (width, height).
+    """As `read_photo`, and the photo's true (width, height), and whether the file lacks its end.
 
     With `least`, a JPEG is decoded at the half, the quarter or the eighth of its size, as long as both
     sides keep that many pixels: a fraction of the time.
     """
     data = source if isinstance(source, bytes) else read_file(source)
     try:
-        with Image.open(io.BytesIO(without_text(data))) as image:
+        return *_pixels(data, least), False
+    except OSError as error:
+        if "truncated" not in str(error) or not data.startswith(b"\xff\xd8"):  # a JPEG
+            raise
+        # What the missing bytes decide becomes grey, or differs with other bytes in their place: of 255s a
+        # marker would begin, as with the last two bytes, that of the end
+        other = bytes(37 * i % 255 for i in range(255)) * (len(data) // 255 + 1)
+        (photo, size), (other, _) = (_pixels(data + end + b"\xff\xd9", least) for end in (b"", other))
+        lost = ((photo != other).any(2) | (photo == 128).all(2)).mean()
+        scan = data[data.rfind(b"\xff\xda"):].ljust(520, b"\0")  # of the last one, what its header says
+        if lost > MAX_LOST or scan[6 + 2 * scan[4]] < 63 or scan[7 + 2 * scan[4]] & 15:
+            raise  # the latter: of a progressive JPEG, whole scans may be missing
+        return photo, size, True
+
+
+def _pixels(data, least):
+    """As `_decode`, of a file that is whole."""
+    try:
+        plain, profile = without_text(data)
+        with Image.open(io.BytesIO(plain)) as image:
             size = image.size
             if not 0 < size[0] * size[1] <= MAX_PIXELS:
                 raise OSError(f"{size[0]} x {size[1]} pixels")
@@ -187,6 +205,9 @@ def _decode(source, least=None):
             if least:
                 image.draft("RGB", (least, least))
             image.load()
+            turn = to_srgb(profile or image.info.get("icc_profile"), image.mode)
+            if turn:
+                turn.apply_in_place(image)
             image = upright(image)
             if (image.width < image.height) != (size[0] < size[1]):
                 size = size[::-1]
@@ -216,19 +237,39 @@ def is_heic(data):
 
 
 def without_text(data):
-    """A PNG without its texts and colour profile; any other file as it is.
+    """A PNG without its texts and colour profile, and the profile; any other file as it is, and b"".
 
     Image generators write megabytes of text, and profiles for print are as large: Pillow refuses either.
     """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data
-    chunks, at = [data[:8]], 8
+        return data, b""
+    chunks, profile, at = [data[:8]], b"", 8
     while at < len(data):
         end = at + 12 + int.from_bytes(data[at:at + 4])
-        if data[at + 4:at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+        kind = data[at + 4:at + 8]
+        if kind == b"iCCP":  # a name, two zeros, and the profile, compressed
+            with contextlib.suppress(zlib.error):
+                packed = data[at + 8:end - 4].partition(b"\0\0")[2]
+                profile = zlib.decompressobj().decompress(packed, MAX_PROFILE)
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
             chunks.append(memoryview(data)[at:end])
         at = end
-    return b"".join(chunks)
+    return b"".join(chunks), profile
+
+
+@functools.lru_cache(32)
+def to_srgb(profile, mode):
+    """What turns colours of an ICC profile (bytes) to sRGB; None if they are that, or nobody can tell."""
+    if not profile or mode not in ("RGB", "RGBA") or len(profile) > MAX_PROFILE:
+        return None
+    try:  # telephones and cameras have Display P3 or Adobe RGB; read as sRGB, both look pale
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        turn = ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, mode)
+        colours = np.moveaxis(63 * np.indices((5, 5, 5), np.uint8), 0, -1).reshape(25, 5, 3)
+        turned = turn.apply(Image.fromarray(colours).convert(mode)).convert("RGB")
+        return turn if np.abs(np.subtract(turned, colours, dtype=int)).max() > SAME_COLOUR else None
+    except Exception:  # damaged, or of another kind of colours
+        return None
 
 
 def upright(image):
@@ -248,8 +289,8 @@ def _rgb(image):
             np.clip(grey, -1e30, 1e30, grey)
             grey -= grey.min()
             grey *= 255 / max(grey.max(), 1e-9)
-        elif grey.max() > 255:
-            grey /= 257
+        else:  # 12 bits of a medical or industrial camera, or more, by what is used of them
+            grey /= (2 ** max(8, int(grey.max()).bit_length()) - 1) / 255
         return np.repeat(np.clip(grey, 0, 255, grey).astype(np.uint8)[..., None], 3, 2)
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -298,6 +339,7 @@ class Found(NamedTuple):
     faces: list  # of Face, in pixels of the whole photo
     refused: int  # boxes that a cascade found and a check refused
     size: tuple  # width and height of the photo
+    cut: bool  # whether the file lacks its end, and the photo at most `MAX_LOST` of its pixels
 
 
 NEVER = float("inf")
@@ -464,12 +506,12 @@ class LipCropper:
             As `read_photo`.
         """
         source = source if isinstance(source, bytes) else read_file(source)
-        photo, size = _decode(source, DECODE_SIDE)
+        photo, size, cut = _decode(source, DECODE_SIDE)
         if unusable(size):
-            return Found([], 0, size)
+            return Found([], 0, size, cut)
         whole = functools.cache(lambda: read_photo(source) if photo.shape[1] < size[0] else photo)
         finer = (lambda: _decode(source, SMALL_SIDE)[0]) if min(size) >= 2 * SMALL_SIDE else whole
-        return Found(*self.look(photo, largest, size, finer, whole), size)
+        return Found(*self.look(photo, largest, size, finer, whole), size, cut)
 
     def follow(self, photo, landmarks):
         """Find a face in the next frame of a video, from where it was, in a fraction of a search's time.
@@ -828,9 +870,10 @@ def process_photo(cropper, photos, source, label):
     if data is None:
         return row, None
     try:
-        faces, refused, size = cropper.find(data, largest=True)
+        faces, refused, size, cut = cropper.find(data, largest=True)
     except (OSError, MemoryError, cv2.error):
-        return row, None
+        return row | {"note": "HEIC" if not pillow_heif and is_heic(data) else ""}, None
+    row["note"] = "cut short" if cut else ""
     if unusable(size):
         return row | {"status": unusable(size)}, None
     if not faces:
@@ -1188,20 +1231,11 @@ def place_of(row, places):
     return photo_class(row) if photo_class(row) in folders else min(folders, default="")
 
 
-def needs_heif(row, photos):
-    """Whether a row is of an unreadable photo that pillow-heif may be able to read."""
-    if row["status"] != "unreadable" or not row["sha1"]:
-        return False
-    with contextlib.suppress(OSError):
-        return is_heic(read_file(photos / row["source"])[:12])
-    return False
-
-
 def worth_a_try(row, photos):
     """Whether a photo that could not be read now can: permissions, or what is installed, may have changed."""
     path = photos / row["source"]
     if row["sha1"]:
-        return bool(pillow_heif) and needs_heif(row, photos)
+        return pillow_heif and row["note"] == "HEIC"
     return os.access(path, os.R_OK) and os.path.isfile(path) and os.path.getsize(path) <= MAX_BYTES
 
 
@@ -1333,7 +1367,8 @@ def preprocess(photos, crops, workers, replace=False, level=None):
         now = settings()
         earlier = [row for row in before if not worth_a_try(row, photos)] + read_journals(crops)
         rows = known_rows(earlier, sources, photos, places, now)
-        if others := {row["source"] for row in earlier if row["settings"] not in ("", now)} - rows.keys():
+        changed = {row["source"] for row in earlier if row["settings"] not in ("", now)}
+        if others := changed & (sources.keys() - rows.keys()):
             print(f"{len(others)} photos are looked at anew: what decides a crop has changed")
         share = list(sources.items())[rank::world]
         tasks = [(photos, source, label) for source, label in share if source not in rows]
@@ -1418,10 +1453,10 @@ SHEET_CLASSES = 60  # of 242 lines each: viewers draw up to 16,384
 
 def contact_sheet(crops, rows, columns=14, side=90):
     """One picture: of the first `SHEET_CLASSES` classes two rows of crops each, with their photos' names."""
-    by_class = {}
+    by_class = defaultdict(list)
     for row in rows:
         if row["status"] == "ok":
-            by_class.setdefault(row["class"], []).append(row)
+            by_class[row["class"]].append(row)
     high, band = side + 16, 2 * (side + 16) + 30
     shown = sorted(by_class.items())[:SHEET_CLASSES]
     sheet = Image.new("RGB", (columns * side, band * len(shown)), "white")
@@ -1515,13 +1550,14 @@ def report(photos, rows, level):
     print(table(rows))
     beside = sorted(path for n in range(level) for folder in class_folders(photos, n)
                     for path in folder.iterdir() if not is_hidden(path.name))
-    loose = sum(path.is_file() for path in beside)
-    if loose:
+    if loose := sum(path.is_file() for path in beside):
         print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
-    twice = sorted(row["source"] for row in rows if row["status"] == "conflict")
-    if twice:
+    if twice := sorted(row["source"] for row in rows if row["status"] == "conflict"):
         print(printable(f"in two classes, and so used in neither: {len(twice)} photos, such as {twice[0]}; "
                         "all folders here are classes, so keep those of another task elsewhere"))
+    if cut := sorted(row["source"] for row in rows if row["note"] == "cut short"):
+        print(printable(f"cut short by less than {MAX_LOST:.0%} of their pixels, and so taken as they are: "
+                        f"{len(cut)} photos, such as {cut[0]}"))
     classes = {row["class"] for row in rows}
     for name in sorted(classes - {row["class"] for row in rows if row["status"] == "ok"}):
         print(printable(f"{name}: none of its photos is used, so there is no such class"))
@@ -1533,8 +1569,7 @@ def report(photos, rows, level):
             print(printable(f"{folder}: empty, so there is no class of this name"))
     if hint := font_hint(sorted(classes)):
         print(printable(hint))
-    heic = 0 if pillow_heif else sum(needs_heif(row, photos) for row in rows)
-    if heic:
+    if heic := sum(row["note"] == "HEIC" for row in rows):
         print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' "
               "and the same command again would read")
 

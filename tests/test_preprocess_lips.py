@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import shutil
@@ -15,7 +16,7 @@ from conftest import ROOT, SHARED, shared, without_workers
 from hostile import chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 import preprocess_lips
 from preprocess_lips import (
@@ -61,6 +62,47 @@ def test_what_is_transparent_becomes_white():
     file = io.BytesIO()
     Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(file, "PNG")
     assert (read_photo(file.getvalue()) == 255).all()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_levels_of_fewer_bits_than_their_file_has_are_not_black(orl, bits, format):
+    file = io.BytesIO()
+    deep = orl["s05_1"].astype(np.uint16) << (bits - 8)
+    Image.fromarray(deep).save(file, format)
+    assert abs(read_photo(file.getvalue())[..., 0].astype(int) - orl["s05_1"]).max() <= 1
+
+
+def profile_of(*columns):
+    """An ICC profile: sRGB's own, with the columns of its matrix to CIE XYZ under D50 replaced."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for name, (x, y, z) in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns):
+        at = data.index(name) + 4
+        start, = struct.unpack(">I", data[at:at + 4])
+        data[start + 8:start + 20] = struct.pack(">3i", *(round(v * 65536) for v in (x, y, z)))
+    return bytes(data)
+
+
+DISPLAY_P3 = profile_of((0.5151, 0.2412, -0.0011), (0.292, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
+SRGB = profile_of()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_of_telephones_become_srgb(format, mode):
+    if mode == "RGBA" and format == "JPEG":
+        pytest.skip("JPEGs are not transparent")
+
+    def read(colour, profile):
+        file = io.BytesIO()
+        Image.new(mode, (64, 64), colour).save(file, format, icc_profile=profile, quality=100, lossless=True)
+        return read_photo(file.getvalue())[32, 32].astype(int)
+
+    lips = (200, 90, 100)
+    assert abs(read(lips, DISPLAY_P3) - (216, 81, 97)).max() <= 4  # by the matrices of both spaces
+    for profile in (None, SRGB, SRGB[:500], b"none", bytes(3000)):
+        assert abs(read(lips, profile) - lips).max() <= 2
+    assert abs(read((255, 255, 255), DISPLAY_P3) - 255).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -138,6 +180,38 @@ def test_texts_and_profiles_of_megabytes_cost_no_pixels(orl):
     ):
         for at in (33, len(png) - 12):  # before the pixels and after them
             assert np.array_equal(read_photo(png[:at] + more + png[at:])[..., 0], orl["s05_1"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}, {"optimize": True}],
+    ids=str,
+)
+def test_of_jpegs_that_lack_their_end_those_with_nearly_all_pixels_are_taken(orl, cropper, settings):
+    file, face = io.BytesIO(), Image.fromarray(orl["s05_1"]).convert("RGB").resize((368, 448))
+    Image.composite(face, face.rotate(180), face.convert("L")).save(file, "JPEG", quality=90, **settings)
+    data = file.getvalue()
+    photo = read_photo(data).astype(int)
+    for missing in (1, 2, 3, 10, 40):
+        lost = abs(read_photo(data[:-missing]) - photo).max(2) > 16
+        assert lost.mean() < 0.03 and not lost[:400].any()
+        assert cropper.find(data[:-missing], largest=True).cut or missing < 3
+    scans = [i for i in range(200, len(data)) if data[i:i + 2] in (b"\xff\xda", b"\xff\xc4")]
+    for length in (*scans, *range(len(data) // 20, len(data) * 9 // 10, 997)):
+        with contextlib.suppress(OSError):  # of a progressive one, the last bits alone may be missing
+            assert (abs(read_photo(data[:length]) - photo).max(2) > 16).mean() < 0.03
+    with pytest.raises(OSError, match="truncated"):
+        read_photo(data[: len(data) // 2])
+
+
+@no_workers
+def test_photos_that_lack_their_end_are_counted(few, tmp_path, orl, capsys):
+    Image.fromarray(orl["s07_1"]).save(few / "0none" / "x.jpg")
+    (few / "0none" / "x.jpg").write_bytes((few / "0none" / "x.jpg").read_bytes()[:-2])
+    main([str(few), str(tmp_path / "crops")])
+    out, row = capsys.readouterr().out, rows_of(tmp_path / "crops")["0none/x.jpg"]
+    assert "less than 5% of their pixels, and so taken as they are: 1 photos, such as 0none/x.jpg" in out
+    assert row["status"] == "ok" and row["note"] == "cut short"
 
 
 def test_nothing_that_pillow_says_of_odd_photos_reaches_the_terminal(orl, tmp_path):
