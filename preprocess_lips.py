@@ -99,7 +99,7 @@ MAX_LOST = 0.05  # of the pixels of a file without its end
 MAX_FRAMES = 100  # of an animation that begins with frames of one colour
 
 NEEDED = ("source", "class", "status", "crop", "sha1", "bytes", "mtime_ns")
-COLUMNS = (*NEEDED, "face", "mouth", "detector", "note", "settings")
+COLUMNS = (*NEEDED, "ctime_ns", "face", "mouth", "detector", "note", "settings")
 # What becomes of a photo: `process_photo` says it, of copies `settle`. data/README.md explains each.
 STATUSES = ("ok", "duplicate", "conflict", "no_face", "implausible", "too_small", "side_ratio", "unreadable")
 MANIFEST = "manifest.csv"
@@ -848,11 +848,9 @@ def crop_name(label, sha1):
 
 def identify(photos, source, label):
     """A photo's row as far as the file alone tells, with status `unreadable`, and its bytes or None."""
-    row = dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
-    data = None
+    row = dict.fromkeys(COLUMNS, "") | stamp(photos, source)
+    row, data = row | {"source": source, "class": label, "status": "unreadable"}, None
     with contextlib.suppress(OSError, MemoryError):
-        about = (photos / source).stat()
-        row |= {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
         data = read_file(photos / source)
         row |= {"sha1": hashlib.sha1(data).hexdigest()}
     return row, data
@@ -1240,12 +1238,13 @@ def worth_a_try(row, photos):
 
 
 def stamp(photos, source):
-    """Size and time of a photo, as texts that are empty if it cannot be asked."""
+    """Size and times of a photo, as columns of its row; empty texts if it cannot be asked."""
+    times = ("bytes", "mtime_ns", "ctime_ns")  # the last, of a change of any kind, no copying program sets
     try:
         about = (photos / source).stat()
     except OSError:
-        return "", ""
-    return str(about.st_size), str(about.st_mtime_ns)
+        return dict.fromkeys(times, "")
+    return dict(zip(times, map(str, (about.st_size, about.st_mtime_ns, about.st_ctime_ns))))
 
 
 def known_rows(before, sources, photos, places, now):
@@ -1255,13 +1254,15 @@ def known_rows(before, sources, photos, places, now):
     by hand. Rows of earlier versions name no settings: they hold.
     """
     rows = {}
-    for row in before:
-        rows.pop(row["source"], None)  # its crop may have been replaced since
-        if row["source"] not in sources or row["settings"] not in ("", now):
+    for row in tqdm(before, "comparing", unit="photo", delay=2, disable=None):
+        source, label = row["source"], sources.get(row["source"])
+        rows.pop(source, None)  # its crop may have been replaced since
+        if not label or row["settings"] not in ("", now):
             continue
-        if stamp(photos, row["source"]) != (row["bytes"], row["mtime_ns"]):
+        marks = stamp(photos, source)
+        if any(row[key] != mark for key, mark in marks.items()) and (  # touched, copied, or another one?
+                row["bytes"] != marks["bytes"] or identify(photos, source, label)[0]["sha1"] != row["sha1"]):
             continue
-        label = sources[row["source"]]
         if not row["crop"]:
             row["class"] = label
         elif row["crop"] != crop_name(label, row["sha1"]):  # that of another level
@@ -1270,7 +1271,7 @@ def known_rows(before, sources, photos, places, now):
             if not is_ours(row) or not place_of(row, places):
                 continue
             row["class"] = place_of(row, places)
-        rows[row["source"]] = row | {"settings": now}
+        rows[source] = row | marks | {"settings": now}
     classes = defaultdict(set)
     for row in rows.values():
         classes[row["sha1"]].add(row["class"])
@@ -1316,7 +1317,7 @@ def check_folder(before, photos, crops, places):
         More than half of the crops are of photos that are not there, or are others by that name.
     """
     made = [row for row in before if row["status"] == "ok" and is_ours(row) and place_of(row, places)]
-    gone = [row for row in made if stamp(photos, row["source"])[0] != row["bytes"]]
+    gone = [row for row in made if stamp(photos, row["source"])["bytes"] != row["bytes"]]
     if 2 * len(gone) > len(made):
         raise ValueError(f"{crops}: of {len(made)} crops there, {len(gone)} are not of photos in {photos}, "
                          f"such as that of {gone[0]['source']}, and would be removed; name another folder "

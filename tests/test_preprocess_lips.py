@@ -452,6 +452,31 @@ def test_a_second_run_does_only_what_is_new_and_forgets_what_is_gone(photos, cap
 
 
 @no_workers
+def test_a_photo_replaced_by_another_of_its_size_and_time_is_noticed_and_a_touched_one_is_kept(
+    few, tmp_path, capsys
+):
+    crops, photo, other = tmp_path / "crops", few / "0none" / "s01_1.png", few / "2smile" / "s03_1.png"
+    data = max(photo.read_bytes(), other.read_bytes(), key=len)
+    for path in (photo, other):  # of one size: what is behind a PNG's end does not count
+        path.write_bytes(path.read_bytes().ljust(len(data), b"\0"))
+    main([str(few), str(crops)])
+    before, about = rows_of(crops), photo.stat()
+    photo.write_bytes(other.read_bytes())
+    os.utime(photo, ns=(about.st_atime_ns, about.st_mtime_ns))  # as cp -p, rsync and archives do
+    other.unlink()
+    for path in few.glob("2smile/*"):
+        os.utime(path)
+    if photo.stat().st_ctime_ns == about.st_ctime_ns:
+        pytest.skip("this disk keeps no time of changes")
+    capsys.readouterr()
+    main([str(few), str(crops)])
+    assert "1 photos looked at" in capsys.readouterr().out
+    after = rows_of(crops)
+    assert after["0none/s01_1.png"]["sha1"] == before["2smile/s03_1.png"]["sha1"]
+    assert not (crops / "0none" / before["0none/s01_1.png"]["crop"]).exists()
+
+
+@no_workers
 def test_a_conflict_lasts_until_one_copy_is_removed(photos, tmp_path, capsys):
     crops = tmp_path / "crops"
     shutil.copy(photos / "0none" / "s01_1.png", photos / "2smile" / "wrong.png")
