@@ -25,6 +25,21 @@ def mouth_frame(landmarks):
     return centre, along, np.array([-along[1], along[0]]), width
 
 
+def mouth_grid(photo, landmarks):
+    """Every pixel's place, along and across the mouth from its centre, in mouth widths: two arrays (H, W)."""
+    centre, along, across, width = mouth_frame(landmarks)
+    y, x = np.mgrid[: photo.shape[0], : photo.shape[1]].astype(np.float32)
+    return [((x - centre[0]) * axis[0] + (y - centre[1]) * axis[1]) / width for axis in (along, across)]
+
+
+def fetch(photo, landmarks, u, v):
+    """A photo, float32, whose every pixel comes from a place (u, v), in the terms of `mouth_grid`."""
+    centre, along, across, width = mouth_frame(landmarks)
+    x, y = (centre[i] + width * (u * along[i] + v * across[i]) for i in (0, 1))
+    return cv2.remap(photo.astype(np.float32), x.astype(np.float32), y.astype(np.float32),
+                     cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+
+
 def lip_shape(landmarks):
     """Of the lips: height over width, and the gap between them over width."""
     _, _, across, width = mouth_frame(landmarks)
@@ -60,7 +75,7 @@ def pout(photo, landmarks, rng):
     -------
     uint8 array of the photo's shape
     """
-    centre, along, across, width = mouth_frame(landmarks)
+    centre, _, across, width = mouth_frame(landmarks)
     narrow = rng.uniform(0.60, 0.95)
     height = narrow * rng.uniform(*LIP_HEIGHT)
     gap = narrow * max(0.0, rng.uniform(-0.06, 0.22))
@@ -68,9 +83,7 @@ def pout(photo, landmarks, rng):
     shift_u, shift_v = rng.normal(0, 0.03), rng.normal(-0.02, 0.03)
     turn = np.radians(rng.uniform(-6, 6))
 
-    y, x = np.mgrid[: photo.shape[0], : photo.shape[1]].astype(np.float32)
-    u = ((x - centre[0]) * along[0] + (y - centre[1]) * along[1]) / width
-    v = ((x - centre[0]) * across[0] + (y - centre[1]) * across[1]) / width
+    u, v = mouth_grid(photo, landmarks)
     up, down = 0.62, 0.80
     weight = hump(u, v, up, down)
     cos, sin = np.cos(turn * weight), np.sin(turn * weight)
@@ -90,10 +103,7 @@ def pout(photo, landmarks, rng):
         scale[side] = np.clip(1 - (1 - edge / aim) / max(reach, 0.3), 0.36, 1.6)
     source_u = s * (1 + weight * (1 / (narrow * (1 + lopsided * np.tanh(4 * s))) - 1))
     source_v = lips * (1 + weight * (scale - 1))
-    map_x = centre[0] + width * (source_u * along[0] + source_v * across[0])
-    map_y = centre[1] + width * (source_u * along[1] + source_v * across[1])
-    warped = cv2.remap(photo.astype(np.float32), map_x.astype(np.float32), map_y.astype(np.float32),
-                       cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    warped = fetch(photo, landmarks, source_u, source_v)
 
     # light on the lips, shade below them, darkness between them, all as strong as the photo's own contrast
     near = (np.abs(u) < 0.7) & (np.abs(v) < 0.5)
