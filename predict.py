@@ -10,13 +10,12 @@
 
 In other code:
 
-    import cv2
     from net import load_model
     from predict import predict_photos, predict_video
     model = load_model()
     for result in predict_photos(["photo.jpg"], model):
         print(result.faces, result.probabilities)
-    for moment in predict_video(cv2.VideoCapture("clip.mp4"), model):
+    for moment in predict_video("clip.mp4", model):
         print(moment.time, moment.numbers, moment.probabilities)
 """
 
@@ -24,44 +23,49 @@ import argparse
 import contextlib
 import functools
 import gc
+import glob
 import html
 import io
 import itertools
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-# read when OpenCV is loaded: of a broken video it would say the same in a dozen lines
+# read when OpenCV is loaded: of a missing camera it would say the same in a dozen lines
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 import cv2
+
+import av  # isort: skip (after OpenCV, whose windows freeze where PyAV's libxcb is loaded first)
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageSequence
 from tqdm import tqdm
 
 from net import PRETRAINED, load_model, predict
 from preprocess_lips import (
     HEIC,
+    MAX_FRAMES,
+    MAX_PIXELS,
     NO_CLASSES,
     Face,
     LipCropper,
     command_line,
     cores,
     font_hint,
+    is_heic,
     is_hidden,
     label_font,
     locked,
@@ -77,12 +81,17 @@ from preprocess_lips import (
 BATCH = 32  # photos whose faces go through the network together
 NO_FACE = "no face found"  # the error of a photo that is readable
 
-VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
-PICTURES = {cv2.VideoWriter_fourcc(*code) for code in ("MJPG", "MPNG")}  # codecs of a song's cover
+ARCHIVE = re.compile(rb"PK\x03\x04|7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ|.{257}ustar", re.S)  # as they begin
+VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
+NO_VIDEO = "not a video that can be decoded"
+ANSWER = 20  # seconds in which an address must answer
+TICK = Fraction(1, 90_000)  # seconds, the unit of the frames' times in copies
+X264 = {"preset": "veryfast", "crf": "20"}
+BT709 = LIMITED = 1  # FFmpeg's numbers for colours of HD, which browsers would guess for large videos only
+COPIED = ("aac", "mp3", "opus")  # sound that browsers play within MP4; any other becomes AAC
 SEARCH_EVERY = 6  # frames of a video; in between, known faces are followed
 SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in a video
 PATIENCE = 15  # frames for which a face that is out of sight keeps its number
-MOST_REPEATS = 100  # copies of a frame in an annotated video: time stamps may be hours apart by mistake
 LEAD = 0.1  # by which a label must beat the one printed before to be a change
 
 SURE = 0.95  # least probability with which --sort trusts a label; tests/bench/README.md says what it gives
@@ -114,7 +123,7 @@ class Result(NamedTuple):
 
 
 def predict_photos(sources, model, crops=False, workers=None, largest=False):
-    """Find and classify the mouths in photos.
+    """Find and classify the mouths in photos; of an animation, in the first frame that has a face.
 
     Parameters
     ----------
@@ -146,8 +155,10 @@ def predict_photos(sources, model, crops=False, workers=None, largest=False):
                 faces = [Face(box, None, box, crop, "")]
             else:
                 faces = cropper.find(source, largest).faces
+                for _, frame, _ in itertools.islice(() if faces else animation(source), MAX_FRAMES):
+                    faces = faces or cropper(frame, largest)
         except OSError as error:
-            return Result(source, [], None, f"unreadable: {error.strerror or error}")
+            return Result(source, [], None, f"unreadable: {way_out(source) or error.strerror or error}")
         return Result(source, faces, None, "" if faces else NO_FACE)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -222,21 +233,22 @@ def print_photos(files, model, args, copies):
 class Moment(NamedTuple):
     """One frame of a video."""
 
-    time: float  # seconds since the first frame
+    time: float  # seconds since the start
     frame: np.ndarray  # uint8, H x W x 3, RGB
     numbers: list  # of the faces, from 1; a face keeps its number as long as it is followed
     faces: list  # of preprocess_lips.Face
     probabilities: np.ndarray  # float32, faces x classes, smoothed over some frames; rows sum to 1
 
 
-def predict_video(capture, model):
+def predict_video(source, model):
     """Classify the mouths in every frame of a video, each face with a number that it keeps.
 
     Faces are searched in every sixth frame and when one is lost, and followed from frame to frame in between.
 
     Parameters
     ----------
-    capture : cv2.VideoCapture
+    source : path-like, str or int
+        A file, the address of a video or stream, or a camera's number. Or a `Video`.
     model : net.simpleconv3
         In eval mode, as `net.load_model` returns it.
 
@@ -244,11 +256,16 @@ def predict_video(capture, model):
     ------
     Moment
         One for each frame that can be decoded.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened; the text says why.
     """
     cropper = load_cropper()
     known = {}  # number: (face, probabilities, frames since it was seen)
     new = itertools.count(1)
-    for i, (now, frame) in enumerate(frames_of(capture)):
+    for i, (now, frame) in enumerate(source if isinstance(source, Video) else Video(source)):
         seen = {}
         for number, (face, _, missed) in known.items():
             face = None if missed else cropper.follow(frame, face.landmarks)
@@ -275,61 +292,134 @@ def predict_video(capture, model):
         yield Moment(now, frame, numbers, [seen[number] for number in numbers], smooth)
 
 
-def frames_of(capture):
-    """Seconds since the first frame, and frame (uint8, H x W x 3, RGB), for all that can be decoded."""
-    start = last = None
-    while True:
-        ok, frame = capture.read()
-        if not ok:
-            return
-        # cameras stamp their frames in ways of their own
-        stamped = capture.getBackendName() == "FFMPEG"
-        now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if stamped else time.perf_counter()
-        start, last = (now, now) if start is None else (start, max(now, last))  # some have no stamp
-        yield last - start, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
-
 def same_face(a, b):
     """Whether faces of the same or of neighbouring frames are one: mouths less than half a face apart."""
     apart = np.subtract(a.mouth[:2], b.mouth[:2]) + np.subtract(a.mouth[2:], b.mouth[2:])
     return np.hypot(*apart) / 2 < (b.box[2] - b.box[0]) / 2
 
 
-def open_video(source):
-    """cv2.VideoCapture of a file or address (str) or a camera's number (int).
+class Video:
+    """An open video, stream or camera, to be iterated once: seconds since its start, and frame.
+
+    Frames are uint8 arrays of shape (H, W, 3), RGB, upright, with square pixels, all as large as the first.
+
+    Parameters
+    ----------
+    source
+        As `predict_video` takes it.
+    sound : bool
+        Keep the sound that is read between the frames, for a `VideoCopy`.
+
+    Attributes
+    ----------
+    frames, seconds : int, float
+        How long the video says that it is; 0 where it does not say.
+    lasts : float
+        Seconds for which the newest frame is shown.
 
     Raises
     ------
     OSError
         It cannot be opened; the text says why.
     """
-    if isinstance(source, int):
-        capture, why = cv2.VideoCapture(source), "no such camera, or another program uses it"
-    elif isinstance(source, Path) or Path(source).is_file():
-        with open(source, "rb") as file:  # OpenCV would not say that it is missing or closed to us
-            if not file.read(1):
-                raise OSError("an empty file")
-        # a whole path: FFmpeg takes 12:30.mp4 for an address
-        capture, why = cv2.VideoCapture(str(Path(source).resolve())), "not a video that OpenCV can decode"
-    else:
-        capture, why = cv2.VideoCapture(source), "no such file or address"
-    if not capture.isOpened():
-        raise OSError(why)
-    return capture
+
+    def __init__(self, source, sound=False):
+        self.source, self.frames, self.seconds, self.lasts = source, 0, 0.0, 0.0
+        self.rate, self.begin, self.sound, self.packets = 25, None, None, deque()
+        if isinstance(source, int):
+            camera = cv2.VideoCapture(source)
+            if not camera.isOpened():
+                raise OSError("no such camera, or another program uses it")
+            self._pictures = camera_frames(camera)
+        elif is_address(source):
+            self._open(source, sound, ANSWER)
+        else:
+            with open(source, "rb") as file:  # which says what is missing, or closed to us
+                if not file.read(1):
+                    raise OSError("an empty file")
+            self._pictures = animation(source)
+            if next(animation(source), None) is None:
+                # a whole path: FFmpeg takes 12:30.mp4 for an address
+                self._open(str(Path(source).resolve()), sound)
+
+    def __iter__(self):
+        now = 0.0
+        for seconds, frame, lasts in self._pictures:
+            now, self.lasts = max(now, seconds), lasts  # stamps go back where recordings were joined
+            yield now, frame
+
+    def _open(self, name, sound, timeout=None):
+        try:
+            file = av.open(name, timeout=timeout, metadata_errors="replace")
+        except av.error.ExitError:
+            raise OSError(f"no answer within {timeout} s") from None
+        except av.FFmpegError as error:
+            raise OSError(f"no video can be read there ({error.strerror})" if timeout else NO_VIDEO) from None
+        picture = file.streams.best("video")
+        if not picture or not picture.codec_context or file.format.name.endswith(("image2", "_pipe")):
+            raise OSError("no video; photos are not fetched: download them first" if timeout else NO_VIDEO)
+        picture.thread_type = "AUTO"
+        heard = file.streams.best("audio") if sound else None
+        self.sound = heard if heard and heard.codec_context else None
+        self.rate = picture.average_rate or Fraction(25)
+        self.begin = None if file.start_time is None else file.start_time / av.time_base
+        whole = (file.duration or 0) / av.time_base
+        self._pictures = self._decode(file, picture)
+        if picture.disposition & av.stream.Disposition.attached_pic:  # a song's cover
+            self._pictures = ((0.0, frame, whole) for _, frame, _ in self._pictures)
+        else:
+            length = float(picture.duration * picture.time_base) if picture.duration else whole
+            self.seconds = float(picture.frames / self.rate) or length  # of a cut AVI the second is a guess
+            self.frames = picture.frames or round(length * self.rate)
+
+    def _decode(self, file, picture):
+        size, now = None, 0.0
+        with contextlib.suppress(av.FFmpegError):  # what breaks off has ended
+            for packet in file.demux([picture, self.sound] if self.sound else picture):
+                if packet.stream is self.sound:
+                    self.packets.append(packet)
+                    continue
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:  # damage costs its frames only
+                    continue
+                for frame in frames:
+                    if not size:
+                        wide = float(picture.sample_aspect_ratio or 1)
+                        size = round(frame.width * (wide if 0.2 < wide < 5 else 1)), frame.height
+                    if self.begin is None:
+                        self.begin = frame.time or 0.0
+                    now = now + self.lasts if frame.time is None else frame.time - self.begin
+                    lasts = float(frame.duration * frame.time_base if frame.duration else 1 / self.rate)
+                    pixels = frame.to_ndarray(width=size[0], height=size[1], format="rgb24")
+                    yield now, np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))), lasts
 
 
-def promised_length(capture):
-    """How many frames and how many seconds a video says that it has; 0 where it does not say."""
-    rate, frames = capture.get(cv2.CAP_PROP_FPS), max(0, capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    return int(frames), frames / rate if rate > 0 else 0.0
+def camera_frames(camera):
+    """Seconds since the start, frame, and seconds that it lasts, of a cv2.VideoCapture."""
+    start = last = time.perf_counter()
+    while (read := camera.read())[0]:
+        now = time.perf_counter()  # cameras stamp their frames in ways of their own
+        yield now - start, cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB), now - last
+        last = now
 
 
-def is_cut(capture, frames, last):
-    """Whether a video ended, after so many frames, the last at `last` s, far before it said that it would."""
-    if frames == 1 and int(capture.get(cv2.CAP_PROP_FOURCC)) in PICTURES:
-        return False  # a cover, which lasts as long as the song
-    promised, seconds = promised_length(capture)  # formats that store no number of frames promise an estimate
-    return frames < 0.9 * promised and last < 0.9 * seconds
+def animation(path):
+    """The same of a GIF, WebP or AVIF whose frames differ; nothing of any other file."""
+    now, first, moves, waiting = 0.0, None, False, []
+    with contextlib.suppress(Exception), Image.open(path) as image:  # decoders raise almost anything
+        animated = image.format in ("GIF", "WEBP", "AVIF") and np.prod(image.size) <= MAX_PIXELS
+        for each in ImageSequence.Iterator(image) if animated else ():
+            lasts = each.info.get("duration", 0) / 1000
+            white = Image.new("RGBA", each.size, "white")
+            frame = np.asarray(Image.alpha_composite(white, each.convert("RGBA")).convert("RGB"))
+            first = frame if first is None else first
+            moves = moves or (frame != first).any()
+            waiting.append((now, frame if moves else first, lasts if lasts > 0.01 else 0.1))  # as browsers do
+            now += waiting[-1][2]
+            if moves:
+                yield from waiting
+                waiting.clear()
 
 
 class NotWritten(OSError):
@@ -337,97 +427,91 @@ class NotWritten(OSError):
 
 
 class VideoCopy:
-    """An annotated copy of a video, without sound, as long as the original: frames keep their times.
+    """An annotated copy that browsers play, H.264 in MP4: frames keep their times, and the sound is kept.
 
-    Nothing is at `target` before `finish`.
+    Nothing is at `target` before `finish`; `close` it in any case. Methods raise `NotWritten`.
 
     Parameters
     ----------
-    source, target : Path
-    frames : int
-    seconds : float
-        As `promised_length` returns them.
+    target : Path
+    video : Video
+        Opened with its sound.
     """
 
-    def __init__(self, source, target, frames, seconds):
-        self.target, self.promised = target, seconds
-        self.temporary = target.resolve().with_name(f".{secrets.token_hex(8)}.mp4")
-        times = frame_times(source)
-        self.end = max([seconds, *times])
-        self.rate = copy_rate(times, frames, self.end)
-        self.writer = self.picture = None
-        self.written = 0
+    def __init__(self, target, video):
+        self.target, self.video, self.part = target, video, temporary(target.resolve())
+        self.file = self.waiting = None
 
-    def add(self, frame, seconds):
-        """Add a frame (uint8, H x W x 3, RGB) and its time; what came before it lasts until then."""
-        if not self.writer:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            height, width = frame.shape[:2]
-            code = cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(str(self.temporary), code, self.rate, (width, height))
-            if not self.writer.isOpened():
-                what = f"{width} x {height} at {self.rate} frames a second"
-                raise NotWritten(f"{self.target} cannot be written, {what}")
-        self._repeat_until(seconds)
-        self.picture = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
-        if self.written <= seconds * self.rate + 1:  # or it comes faster than the copy can show
-            self._write()
+    def add(self, picture, seconds):
+        """Add a frame (PIL image) and its time; what came before it lasts until then."""
+        with self._writing():
+            if not self.file:
+                self._begin(picture.size)
+            stamp = self._encode(seconds)
+            self.waiting = av.VideoFrame.from_image(picture)
+            self.waiting.pts, self.waiting.time_base = stamp, TICK
+            self.waiting.colorspace, self.waiting.color_range = BT709, LIMITED
 
-    def finish(self, whole):
-        """Put the copy at `target`; if the video is `whole`, its last frame lasts until its end."""
-        if whole:
-            self._repeat_until(self.promised)
-        self.writer.release()
-        # OpenCV says nothing when the disk is full
-        if cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT) != self.written:
-            raise NotWritten(f"{self.target} could not be written; is there room on the disk?")
-        self.temporary.replace(self.target)
+    def finish(self, seconds):
+        """Put the copy at `target`; its last frame lasts until then."""
+        with self._writing():
+            self._encode(seconds)
+            for stream in self.encoders:
+                self.file.mux(stream.encode())
+            self.file.close()
+            self.part.replace(self.target)
 
     def close(self):
-        if self.writer:
-            self.writer.release()
-        self.temporary.unlink(missing_ok=True)
+        if self.file:
+            with contextlib.suppress(av.FFmpegError):
+                self.file.close()
+        self.part.unlink(missing_ok=True)
 
-    def _repeat_until(self, seconds):
-        while self.picture is not None and self.written < min(seconds, self.end) * self.rate - 1:
-            self._write()
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except (OSError, av.FFmpegError) as error:
+            raise NotWritten(f"{self.target} cannot be written ({error.strerror})") from None
 
-    def _write(self):
-        self.writer.write(self.picture)
-        self.written += 1
+    def _begin(self, size):
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.file = av.open(str(self.part), "w", "mp4", {"movflags": "+faststart"})
+        self.picture = self.file.add_stream("libx264", min(self.video.rate, 240), X264)
+        self.picture.width, self.picture.height = (side + side % 2 for side in size)
+        context = self.picture.codec_context
+        context.time_base, context.color_range = TICK, LIMITED
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        self.encoders = [self.picture]
+        sound = self.video.sound
+        if sound and sound.codec_context.codec.canonical_name in COPIED:
+            self.sound = self.file.add_stream_from_template(sound)
+        elif sound:
+            self.sound = self.file.add_stream("aac")
+            self.encoders.append(self.sound)
 
+    def _encode(self, seconds):
+        """Encode the frame that waits, which lasts until then, and the sound so far; the next stamp."""
+        stamp = round(seconds / TICK)
+        if self.waiting:
+            stamp = max(stamp, self.waiting.pts + 1)
+            self.waiting.duration = stamp - self.waiting.pts
+            self.file.mux(self.picture.encode(self.waiting))
+        while self.video.packets:
+            with contextlib.suppress(av.error.InvalidDataError, av.error.ArgumentError):  # what is damaged
+                self._add_sound(self.video.packets.popleft())
+        return stamp
 
-def frame_times(path):
-    """The seconds after the first frame at which a video shows its frames, sorted, read without decoding."""
-    capture = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
-    times = set()
-    while capture.grab():
-        times.add(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-    return sorted(seconds - min(times) for seconds in times)
-
-
-def copy_rate(times, frames, end):
-    """Frames a second of a video's copy: its mean rate where that is steady, or else that of its quick parts.
-
-    Parameters
-    ----------
-    times : list of float
-        As `frame_times` returns them; empty where it cannot tell.
-    frames : int
-        How many the video says that it has.
-    end : float
-        Its length in seconds.
-    """
-    if not end:
-        return 25
-    rate = frames / end
-    if len(times) > 1:
-        gaps = np.diff(times)
-        mean, quick = 1 / gaps.mean(), 1 / np.percentile(gaps, 10)
-        rate = mean if quick < 1.5 * mean else max(mean, min(quick, 60))
-    rate = min(rate, 1000, MOST_REPEATS * (len(times) or frames) / end)
-    # MPEG-4 divides a second into at most 65,535 parts: 239.977 frames are more than it can hold
-    return round(rate, 3 if rate < 65 else 2 if rate < 650 else 1)
+    def _add_sound(self, packet):
+        if packet.dts is not None:
+            late = round(self.video.begin / packet.time_base)
+            packet.pts, packet.dts = packet.pts - late, packet.dts - late
+        if self.sound in self.encoders:
+            for frame in packet.decode():
+                self.file.mux(self.sound.encode(frame))
+        elif packet.dts is not None:
+            packet.stream = self.sound
+            self.file.mux(packet)
 
 
 class Changes:
@@ -455,105 +539,124 @@ class Changes:
         return printable(f"{self.source}  {int(now // 60)}:{now % 60:05.2f}  face {number}  {what}")
 
 
-def run_video(capture, source, model, as_lines=False, target=None, window=None):
+def run_video(video, model, as_lines=False, copy=None, window=None):
     """Predict a video frame by frame and print it: words for every change, or JSON for every frame.
 
     Parameters
     ----------
-    capture : cv2.VideoCapture
-        Released at the end.
-    source : path-like or int
-        What it is called in the lines.
+    video : Video
     model : net.simpleconv3
     as_lines : bool
         Print JSON.
-    target : Path, optional
-        Where an annotated copy goes, without sound.
+    copy : VideoCopy, optional
     window : Window, optional
         Where the frames are shown until the user ends it.
 
     Returns
     -------
-    Counter
+    labels : Counter
         Frames with each label (a frame with two faces counts twice), and without a face under "".
         Empty where not one frame can be decoded.
+    strip : list of (float, float, int or None)
+        From and until when (seconds) the largest face has which class; None: there is no face.
+    poster : PIL.Image.Image or None
+        The first frame of the copy with a face.
 
     Raises
     ------
     NotWritten
         The copy cannot be written.
     """
-    promised = promised_length(capture)
-    torch.set_num_threads(1)  # of one crop at a time, more threads only make each other wait
-    labels, changes, n = Counter(), Changes(source), 0
-    with contextlib.ExitStack() as stack:
-        stack.callback(capture.release)
-        copy = VideoCopy(source, target, *promised) if target else None
-        if copy:
-            stack.callback(copy.close)
-        quiet = True if window else None
-        bar = stack.enter_context(tqdm(total=promised[0] or None, unit="frame", leave=False, disable=quiet))
-        for moment in predict_video(capture, model):
-            n += 1
-            result = Result(source, moment.faces, moment.probabilities, "" if moment.faces else NO_FACE)
+    labels, turns, poster, changes, n, end, cut = Counter(), [], None, Changes(video.source), 0, 0.0, False
+    bar = tqdm(total=video.frames or None, unit="frame", leave=False, disable=True if window else None)
+    stop = () if isinstance(video.source, Path) else KeyboardInterrupt  # how a camera or a stream ends
+    with bar, contextlib.suppress(stop):
+        for moment in predict_video(video, model):
+            n, end = n + 1, moment.time + video.lasts
+            result = Result(video.source, moment.faces, moment.probabilities, "" if moment.faces else NO_FACE)
             found = as_json(result, model.classes, moment.numbers, time=round(moment.time, 3))
             labels.update(one.get("label", "") for one in found)
             faces = found if moment.faces else []
             for line in map(json_line, found) if as_lines else changes.lines(moment.time, faces):
                 tqdm.write(line)
+            row = largest_row(moment)
+            top = None if row is None else int(row.argmax())
+            if not turns or turns[-1][1] != top:
+                turns.append((moment.time, top))
             if copy:
                 picture = annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0)
-                copy.add(np.asarray(picture), moment.time)
+                copy.add(picture, moment.time)
+                poster = poster or (picture if faces else None)
             bar.update()
             if window and not window.show(moment, model.classes):
-                return labels
-        cut = n and is_cut(capture, n, moment.time)
-        if copy and n:
-            copy.finish(not cut)
-    if cut:
-        text = printable(f"{source}  cut short or damaged: {n} of {promised[0]} frames can be decoded")
+                break
+        else:
+            cut = n < 0.9 * video.frames and end < 0.9 * video.seconds  # some formats only estimate these
+            end = end if cut else max(end, video.seconds)
+    if copy and n:
+        copy.finish(end)
+    if cut and n:
+        text = printable(f"{video.source}  cut short or damaged: {n} of {video.frames} frames can be decoded")
         print(text, file=sys.stderr if as_lines else sys.stdout)
-    return labels
+    strip = [(start, until, top) for (start, top), (until, _) in zip(turns, [*turns[1:], (end, None)])]
+    return labels, strip, poster
+
+
+def largest_row(moment):
+    """The probabilities of a moment's largest face; None where there is none."""
+    sides = [face.box[2] - face.box[0] for face in moment.faces]
+    return moment.probabilities[np.argmax(sides)] if sides else None
 
 
 def print_videos(files, model, args, copies):
     """Predict videos and print a line for every change; otherwise as `print_photos`."""
-    for file, relative in files:
-        copy, labels, error = None, Counter(), ""
+    live = args.camera is not None and not args.json
+    if live and not has_screen():
+        live = False
+        print("no screen for a window, so lines only; Ctrl-C ends", file=sys.stderr)
+    for source, relative in files:
+        copy, poster, labels, strip, error = None, None, Counter(), [], ""
         try:
-            capture = open_video(file)
+            video = Video(source, sound=bool(copies))
         except OSError as problem:
             error = f"unreadable: {problem.strerror or problem}"
         else:
             copy = copies.name(relative, ".mp4") if copies else None
+            writer = VideoCopy(copies.folder / copy, video) if copies else None
+            window = Window(f"{source} - q quits") if live else None
             try:
-                labels = run_video(capture, file, model, args.json, copy and copies.folder / copy)
+                with contextlib.closing(writer) if writer else contextlib.nullcontext():
+                    labels, strip, picture = run_video(video, model, args.json, writer, window)
                 error = "" if labels else "unreadable: not one frame can be decoded"
             except NotWritten as problem:
                 error = str(problem)
             copy = None if error else copy
+            if copy and picture:
+                poster = copies.name(relative, ".jpg")
+                save_jpeg(picture, copies.folder / poster)
         if not args.json:
             shares = (f"{label or 'no face'} {n / labels.total():.0%}" for label, n in labels.most_common())
-            print(printable(f"{file}  {error or ', '.join(shares)}"))
+            print(printable(f"{source}  {error or ', '.join(shares)}"))
         elif error:
-            print(json_line({"source": str(file), "face": None, "error": error}))
+            print(json_line({"source": str(source), "face": None, "error": error}))
         rows = [[labels[name] / labels.total() for name in model.classes]] if labels.keys() - {""} else []
-        yield Card(file, copy, rows, error or ("" if rows else NO_FACE))
+        error = error or ("" if rows else NO_FACE)
+        yield Card(source, copy, rows, error, poster, strip, strip[-1][1] if strip else 0.0)
 
 
 # --- camera
 
 
+def has_screen():
+    """Whether a window can be opened. Where not, OpenCV ends the process, so another one tries."""
+    probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
+    return sys.platform != "linux" or not subprocess.run(probe, capture_output=True).returncode
+
+
 class Window:
-    """The live window. Raises OSError where none can be opened."""
+    """The live window."""
 
     def __init__(self, title):
-        # without a screen OpenCV ends the process, so another one tries first
-        probe = [sys.executable, "-c", "import cv2; cv2.namedWindow('probe')"]
-        if sys.platform == "linux" and subprocess.run(probe, capture_output=True).returncode:
-            display = os.environ.get("DISPLAY") or "not set"
-            raise OSError("--camera needs a screen, and OpenCV can open no window here "
-                          f"(DISPLAY is {display}); a video file can be predicted without --camera")
         self.title, self.start, self.last, self.gap = title, None, 0.0, 0.0
 
     def show(self, moment, classes):
@@ -569,9 +672,7 @@ class Window:
             self.gap += (now - self.last - self.gap) * (0.05 if self.gap else 1)
         self.last = now
         picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0)
-        sides = [face.box[2] - face.box[0] for face in moment.faces]
-        row = moment.probabilities[np.argmax(sides)] if sides else None
-        draw_bars(picture, row, classes, 1 / self.gap if self.gap else 0)
+        draw_bars(picture, largest_row(moment), classes, 1 / self.gap if self.gap else 0)
         cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
         # files play at their own speed; a camera's frames are always due
         early = self.start + moment.time - time.perf_counter()
@@ -580,15 +681,6 @@ class Window:
             return key not in (ord("q"), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
         except cv2.error:  # Qt says so when the last window is gone
             return False
-
-
-def show_camera(source, model, as_lines):
-    """Show a camera (its number), a video file or an address in a window, and print what `run_video` does."""
-    try:
-        capture = open_video(int(source) if source.isdecimal() else source)
-    except OSError as error:
-        raise OSError(f"--camera {source}: {error.strerror or error}") from None
-    run_video(capture, source, model, as_lines, window=Window(f"{source} - q quits"))
 
 
 # --- evaluation
@@ -657,7 +749,7 @@ def evaluate_folder(folder, model, crops):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     no_classes = set(NO_CLASSES) - set(model.classes)  # what --sort could not place
-    files = [(file, path) for file, path in list_inputs([folder])
+    files = [(file, path) for file, path in list_inputs([folder])[0]
              if len(path.parts) > 1 and path.parts[0] not in no_classes]
     if not files:
         raise FileNotFoundError(f"{folder}: no photos in class folders")
@@ -799,7 +891,7 @@ def sort_photos(args, model):
     for path in args.inputs:
         if args.sort.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{path}: lies in {args.sort}, where sorted photos go; name another folder")
-    files = list({file.resolve(): file for file, _ in list_inputs(args.inputs, skip=args.sort)}.values())
+    files = list({file.resolve(): file for file, _ in list_inputs(args.inputs, skip=args.sort)[0]}.values())
     counts, unreadable = Counter(), []
     with locked(args.sort / ".lock"):
         tray = Tray(args.sort, args.link)
@@ -1019,6 +1111,9 @@ class Card(NamedTuple):
     copy: Path | None  # the annotated copy, relative to the page
     rows: list  # probabilities of the classes, a row a face; of a video the shares of its frames
     error: str  # empty, or why there is no face
+    poster: Path | None = None  # of a video: a frame with a face, relative to the page
+    strip: list = ()  # and from when until when (seconds) the largest face has which class; None: no face
+    seconds: float = 0.0  # and how long it is
 
 
 def gallery(cards, classes):
@@ -1028,7 +1123,7 @@ def gallery(cards, classes):
         return html.escape(str(value).encode("utf-8", "replace").decode())
 
     figures, counts = [], Counter()
-    for source, copy, rows, error in cards:
+    for source, copy, rows, error, *_ in cards:
         kind = "no_face" if error == NO_FACE else "unreadable"
         tops = [(int(np.argmax(row)), f"{100 * max(row):.1f}") for row in rows] or [(kind, 101)]
         counts.update({label for label, _ in tops})
@@ -1057,10 +1152,6 @@ def gallery(cards, classes):
 # --- the command line
 
 
-def is_video(path):
-    return path.suffix.lower() in VIDEOS
-
-
 def file_name(start, stem, end):
     """A file's name of three parts, the middle one cut where a disk would refuse the whole."""
     while len(os.fsencode(start + stem + end)) > 255:
@@ -1068,20 +1159,74 @@ def file_name(start, stem, end):
     return start + stem + end
 
 
+def first_bytes(path):
+    """The first 4,096 bytes of a regular file; none where they cannot be read."""
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would be waited for
+            with open(path, "rb") as file:
+                return file.read(4096)
+    return b""
+
+
+def way_out(path):
+    """What to do about a file that is neither a photo nor a video; empty where nothing can be done."""
+    if str(path) == "-":
+        return "pipes are not read; write it to a file, and name that"
+    return "an archive; unpack it, and name the folder" if ARCHIVE.match(first_bytes(path)) else ""
+
+
+def is_address(source):
+    """Whether this is an address, such as rtsp://camera/1."""
+    return isinstance(source, str) and bool(re.match(r"[a-z][a-z\d+.-]+://", source, re.I))
+
+
+def find_inputs(text):
+    """What an argument names: paths, one as a rule, or an address (str)."""
+    if is_address(text):
+        return [text]
+    found = [] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))  # Windows leaves it to us
+    return [Path(name) for name in found or [text]]
+
+
+def kind_of(path, named=True):
+    """What a file is by its content: "photo", "animation", "video" or "other file".
+
+    What is not `named`, but lies in a folder, is taken for a photo by its ending; what is damaged, too.
+    """
+    ending = path.suffix.lower()
+    photo = ending in HEIC or ending not in VIDEOS and Image.registered_extensions().get(ending) in Image.OPEN
+    if photo and not named and ending not in (".gif", ".webp"):
+        return "photo"
+    data = first_bytes(path)
+    if data.startswith((b"\xff\xd8\xff", b"\x89PNG")) or is_heic(data):
+        return "photo"
+    if b"\0" in data:  # else it is text, which may name other files to FFmpeg
+        with contextlib.suppress(Exception), Image.open(path) as image:  # anything may be raised
+            if image.format != "MPEG":
+                return "animation" if next(animation(path), None) else "photo"
+        with contextlib.suppress(OSError):
+            if next(iter(Video(path)), None):
+                return "video"
+    return "video" if ending in VIDEOS else "photo" if named or photo else "other file"
+
+
 def list_inputs(inputs, videos=False, skip=None):
-    """The photos that are named or in folders that are named, at any depth.
+    """The photos and, if asked, the videos that are named or in folders that are named, at any depth.
+
+    What is left out is said on standard error.
 
     Parameters
     ----------
-    inputs : sequence of Path
+    inputs : sequence of Path, str or int
+        Files and folders; addresses and numbers of cameras, which are videos.
     videos : bool
-        List videos too.
+        List videos too. Animations are videos then, and photos otherwise.
     skip : Path, optional
         A folder that is left out where it lies within one that is searched.
 
     Returns
     -------
-    list of (Path, Path)
+    photos, videos : list of (Path, Path)
         Each file, and its path below its input.
 
     Raises
@@ -1089,38 +1234,50 @@ def list_inputs(inputs, videos=False, skip=None):
     FileNotFoundError
         A folder has none.
     """
-    suffixes = (Image.registered_extensions().keys() - VIDEOS).union(HEIC, VIDEOS if videos else ())
-    found = []
+    found = {"photo": [], "video": []}
     for path in inputs:
-        if not path.is_dir():
-            found.append((path, Path(path.name)))
+        if not isinstance(path, Path):
+            parts = urlsplit(str(path))
+            name = parts.path.strip("/") or parts.netloc if is_address(path) else f"camera_{path}"
+            found["video"].append((path, Path(re.sub(r"[^\w.-]", "_", name))))
             continue
-        left_out = skip.resolve() if skip and path.resolve() in skip.resolve().parents else None
-        files = []
-        for file in sorted(path.rglob("*")):
-            relative = file.relative_to(path)
-            if file.suffix.lower() in suffixes and not any(map(is_hidden, relative.parts)) and file.is_file():
-                if not left_out or left_out not in file.resolve().parents:
-                    files.append((file, relative))
-        if not files:
-            raise FileNotFoundError(f"{path}: no photos {'or videos ' if videos else ''}in this folder")
-        found += files
-    return found
+        files, named, kinds = [(path, Path(path.name))], not path.is_dir(), defaultdict(list)
+        if not named:
+            left_out = skip.resolve() if skip and path.resolve() in skip.resolve().parents else None
+            files = [(file, file.relative_to(path)) for file in sorted(path.rglob("*"))
+                     if not left_out or left_out not in file.resolve().parents]
+            files = [(file, below) for file, below in files
+                     if not any(map(is_hidden, below.parts)) and file.is_file()]
+        for file, below in files:
+            kind = kind_of(file, named)
+            kinds[kind if kind != "animation" else "video" if videos else "photo"].append((file, below))
+        wanted = [kinds.pop(kind, []) for kind in ("photo", "video")[:1 + videos]]
+        for kind, more in zip(found, wanted):
+            found[kind] += more
+        left = " and ".join(f"{len(more)} {kind}{'s' * (len(more) > 1)}" for kind, more in kinds.items())
+        if not any(wanted) and not named:
+            text = f"{path}: no photos {'or videos ' if videos else ''}in this folder"
+            raise FileNotFoundError(text + f", but {left}" * bool(left))
+        if left:
+            print(printable(f"{path}: left out {left}"), file=sys.stderr)
+    return found["photo"], found["video"]
 
 
 def print_inputs(args, model):
     """Predict all inputs, print what is found, and save copies and a page of them if asked."""
-    files = list_inputs(args.inputs, videos=not args.crops, skip=args.save)
-    photos = [one for one in files if args.crops or not is_video(one[0])]
-    videos = [one for one in files if not args.crops and is_video(one[0])]
-    copies = Copies(args.save, files) if args.save else None
+    photos, videos = list_inputs(args.inputs, videos=not args.crops, skip=args.save)
     cards = [], []
-    try:
-        cards[0].extend(print_photos(photos, model, args, copies))
-        cards[1].extend(print_videos(videos, model, args, copies))
-    finally:  # a page of what was done before Ctrl-C
-        if copies:
-            write_file(copies.page, gallery(sum(cards, []), model.classes).encode())
+    with locked(args.save / ".lock") if args.save else contextlib.nullcontext():
+        copies = None
+        if args.save:
+            sweep(args.save, *(path for path in args.save.rglob("*") if path.is_dir()))
+            copies = Copies(args.save, [one for one in photos + videos if isinstance(one[0], Path)])
+        try:
+            cards[0].extend(print_photos(photos, model, args, copies))
+            cards[1].extend(print_videos(videos, model, args, copies))
+        finally:  # a page of what was done before Ctrl-C
+            if copies:
+                write_file(copies.page, gallery(sum(cards, []), model.classes).encode())
     if not args.json:
         print_summary(*cards, copies)
     failed = [card for card in sum(cards, []) if card.error not in ("", NO_FACE)]
@@ -1148,14 +1305,14 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help="photos, videos, or folders of them")
+    add("inputs", nargs="*", metavar="INPUT", help="photos, videos, folders of them, addresses of videos")
     add("--model", type=Path, metavar="FILE",
         help="weights (default: models/model.pt if it is there, else those that come with the project)")
 
     add = parser.add_argument_group("instead of inputs").add_argument
     add("--camera", metavar="SOURCE",
-        help="show a camera (0 is the first), a video file or an address live in a window; "
-             "q, Esc or closing it ends")
+        help="show a camera (0 is the first), a video file or an address live in a window, given a screen; "
+             "q, Esc or Ctrl-C ends")
     add("--evaluate", type=Path, metavar="DIR",
         help="score the model on photos in a folder of class folders")
 
@@ -1179,14 +1336,19 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if not args.inputs and not args.evaluate and args.camera is None:
         parser.error("name photos, videos or a folder, or --camera 0, or --evaluate DIR")
-    if args.camera is not None and (args.inputs or args.evaluate or args.save or args.crops or args.sort):
-        parser.error("--camera goes with --model and --json only; name a video without --camera to --save it")
+    if args.camera is not None and (args.inputs or args.evaluate or args.crops or args.sort):
+        parser.error("--camera goes with --model, --json and --save only")
     if not 0 <= args.sure <= 1:
         parser.error("--sure must be between 0 and 1")
     if not args.sort and (args.link or args.sure != SURE):
         parser.error("--sure and --link go with --sort DIR")
     if args.sort and (args.save or args.evaluate or not args.inputs):
         parser.error("--sort goes with photos or folders of them and with no other task, nor with --save")
+    args.inputs = [one for text in args.inputs for one in find_inputs(text)]
+    if args.camera is not None:
+        args.inputs = [int(args.camera)] if args.camera.isdecimal() else find_inputs(args.camera)
+    if (args.sort or args.crops) and (far := next(filter(is_address, args.inputs), None)):
+        parser.error(f"{far}: photos are not fetched from addresses; download them first")
     return args
 
 
@@ -1196,10 +1358,9 @@ def main(argv=None):
     with command_line("what was sorted or saved stays"):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(line_buffering=True)  # for programs that read lines as they come
+        torch.set_num_threads(1)  # faces are found on all cores meanwhile
         model = load_model(args.model)
         print_model(args, model)
-        if args.camera is not None:
-            show_camera(args.camera, model, args.json)
         if args.evaluate:
             print_evaluation(args, model)
         if args.inputs:

@@ -90,6 +90,11 @@ def write_frames(path, times, size=(320, 240), codec="libx264", pixels="yuv420p"
     return path
 
 
+def visible(folder):
+    """The names in a folder, without the lock."""
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
 def levels_of(path):
     """The mean level of each frame of a video, and its rate."""
     frames, rate = frames_of(path)
@@ -113,7 +118,7 @@ def test_lines_tell_changes_and_the_copy_has_every_frame(inside, model, orl, tmp
     assert len(after) == len(before) == 3 * HOLD and rate == RATE and after[0].shape == before[0].shape
     yellow = [((f[..., 2] > 180) & (f[..., 1] > 180) & (f[..., 0] < 110)).sum() for f in after]
     assert min(yellow[:HOLD]) > 300 and max(yellow[HOLD + 2:2 * HOLD]) < 50 and min(yellow[-10:]) > 300
-    assert sorted(p.name for p in (tmp_path / "named").iterdir()) == ["clip.mp4", "index.html"]
+    assert sorted(visible(tmp_path / "named")) == ["clip.jpg", "clip.mp4", "index.html"]
 
 
 def test_json_has_an_object_a_face_and_frame(predicted, orl, tmp_path):
@@ -136,7 +141,7 @@ def test_a_moving_face_keeps_its_number_and_its_mouth_is_where_the_frame_shows_i
     model, orl, cropper, tmp_path
 ):
     clip = write_clip(tmp_path / "clip.avi", orl, "MJPG", [("s05_1", 0.5)] * 2)
-    moments = list(predict_video(cv2.VideoCapture(str(clip)), load_model(model)))
+    moments = list(predict_video(clip, load_model(model)))
     assert [moment.numbers for moment in moments] == [[1]] * (2 * HOLD)
     assert Counter(moment.faces[0].detector for moment in moments)["followed"] > HOLD
     for moment in moments:
@@ -148,7 +153,7 @@ def test_a_moving_face_keeps_its_number_and_its_mouth_is_where_the_frame_shows_i
 def test_a_change_of_expression_comes_over_some_frames(model, orl, tmp_path):
     brighter = [("s05_1", 0.5), ("s05_1", 1.0)]  # the same face
     clip = write_clip(tmp_path / "clip.avi", orl, "MJPG", brighter)
-    moments = list(predict_video(cv2.VideoCapture(str(clip)), load_model(model)))
+    moments = list(predict_video(clip, load_model(model)))
     assert [moment.numbers for moment in moments] == [[1]] * (2 * HOLD)
     rows = np.array([moment.probabilities[0] for moment in moments])
     assert rows[HOLD - 1].argmax() != rows[-1].argmax() and np.abs(rows[-1] - rows[HOLD - 1]).max() > 0.6
@@ -163,7 +168,7 @@ def test_two_faces_have_two_numbers(model, orl, tmp_path):
             frame[20:220, x:x + 164] = cv2.resize(orl[name], (164, 200))[..., None]
         writer.write(frame)
     writer.release()
-    moments = list(predict_video(cv2.VideoCapture(str(tmp_path / "two.avi")), load_model(model)))
+    moments = list(predict_video(str(tmp_path / "two.avi"), load_model(model)))
     assert [moment.numbers for moment in moments] == [[1, 2]] * 15
     left = [
         min(moment.numbers, key=lambda n: moment.faces[moment.numbers.index(n)].mouth[0])
@@ -192,17 +197,19 @@ def test_broken_videos_and_a_missing_camera_are_one_line_each(model, orl, tmp_pa
     (tmp_path / "cut.mp4").write_bytes(clip[:len(clip) // 2])
     # a process of its own, as OpenCV is silent only where predict.py is loaded first
     shutil.copytree(model.parent, tmp_path / "models")
-    calls = "zero.mp4 text.mp4 cut.mp4 none.mp4", "--camera 63"
+    calls = "zero.mp4 text.mp4 cut.mp4 none.mp4", "--camera 63 --json"
     done = subprocess.run([sys.executable, "-c", ONE_PROCESS, *calls], cwd=tmp_path,
                           capture_output=True, text=True, encoding="utf-8", timeout=240)
-    missing = "error: --camera 63: no such camera, or another program uses it"
-    assert done.stderr.splitlines() == ["1", missing]
-    assert done.stdout.splitlines()[1:5] == [
+    assert done.stderr.splitlines() == ["1", "weights: models/model.pt", "1"]
+    *lines, camera = done.stdout.splitlines()[1:]
+    assert lines[:4] == [
         "zero.mp4  unreadable: an empty file",
-        "text.mp4  unreadable: not a video that OpenCV can decode",
-        "cut.mp4  unreadable: not a video that OpenCV can decode",
+        "text.mp4  unreadable: not a video that can be decoded",
+        "cut.mp4  unreadable: not a video that can be decoded",
         "none.mp4  unreadable: No such file or directory",
     ]
+    why = "unreadable: no such camera, or another program uses it"
+    assert json.loads(camera) == {"source": "63", "face": None, "error": why}
 
 
 def test_what_a_cut_video_still_holds_is_predicted(predicted, orl, tmp_path):
@@ -221,12 +228,8 @@ def test_folders_hold_videos_beside_photos_and_inputs_are_never_written_over(pre
     out = "\n".join(predicted(folder.name, "--save", folder.name))
     assert "clip.mp4  0:00.00  face 1  dark" in out and "1 face in 1 of 1 photo" in out
     assert (folder / "clip.mp4").read_bytes() == before and (folder / "photo.jpg").read_bytes() == photo
-    assert {p.name for p in folder.iterdir()} == {
-        "clip.mp4",
-        "photo.jpg",
-        "clip_2.mp4",
-        "photo_2.jpg",
-        "index.html",
+    assert visible(folder) == {
+        "clip.mp4", "photo.jpg", "clip.jpg", "clip_2.mp4", "photo_2.jpg", "index.html"
     }
     crops = [json.loads(line) for line in predicted(folder.name, "--crops", "--json")]
     assert crops and all(line["source"].endswith(".jpg") for line in crops)
