@@ -85,11 +85,12 @@ ARCHIVE = re.compile(rb"PK\x03\x04|7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ|.{257}u
 VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 NO_VIDEO = "not a video that can be decoded"
 ANSWER = 20  # seconds in which an address must answer
-TICK = Fraction(1, 90_000)  # seconds, the unit of the frames' times in copies
-X264 = {"preset": "veryfast", "crf": "20"}
+TICK = Fraction(1, 30_000)  # seconds, the unit of the frames' times in copies
+X264 = {"preset": "veryfast", "crf": "20", "flags": "+frame_duration"}
 BT709 = LIMITED = 1  # FFmpeg's numbers for colours of HD, which browsers would guess for large videos only
 COPIED = ("aac", "mp3", "opus")  # sound that browsers play within MP4; any other becomes AAC
-SEARCH_EVERY = 6  # frames of a video; in between, known faces are followed
+SEARCH_EVERY = 6  # frames of a video, and in one after SEARCH_AFTER; in between, known faces are followed
+SEARCH_AFTER = 0.4  # seconds
 SMOOTHING = 0.25  # share of the newest frame in the probabilities of a face in a video
 PATIENCE = 15  # frames for which a face that is out of sight keeps its number
 LEAD = 0.1  # by which a label must beat the one printed before to be a change
@@ -243,7 +244,8 @@ class Moment(NamedTuple):
 def predict_video(source, model):
     """Classify the mouths in every frame of a video, each face with a number that it keeps.
 
-    Faces are searched in every sixth frame and when one is lost, and followed from frame to frame in between.
+    Faces are searched in every sixth frame, in one after 0.4 seconds and when one is lost, and followed from
+    frame to frame in between.
 
     Parameters
     ----------
@@ -264,7 +266,7 @@ def predict_video(source, model):
     """
     cropper = load_cropper()
     known = {}  # number: (face, probabilities, frames since it was seen)
-    new = itertools.count(1)
+    new, searched = itertools.count(1), 0.0
     for i, (now, frame) in enumerate(source if isinstance(source, Video) else Video(source)):
         seen = {}
         for number, (face, _, missed) in known.items():
@@ -272,7 +274,8 @@ def predict_video(source, model):
             if face and not any(same_face(face, other) for other in seen.values()):
                 seen[number] = face
         lost = any(number not in seen for number, (_, _, missed) in known.items() if not missed)
-        if lost or i % SEARCH_EVERY == 0:
+        if lost or i % SEARCH_EVERY == 0 or now - searched >= SEARCH_AFTER:
+            searched = now
             places = {number: face for number, (face, _, _) in known.items()} | seen
             for face in cropper(frame):
                 number = next((n for n, place in places.items() if same_face(face, place)), None) or next(new)
@@ -369,7 +372,7 @@ class Video:
             self._pictures = ((0.0, frame, whole) for _, frame, _ in self._pictures)
         else:
             length = float(picture.duration * picture.time_base) if picture.duration else whole
-            self.seconds = float(picture.frames / self.rate) or length  # of a cut AVI the second is a guess
+            self.seconds = max(length, float(picture.frames / self.rate))  # of a cut AVI the first is a guess
             self.frames = picture.frames or round(length * self.rate)
 
     def _decode(self, file, picture):
@@ -410,9 +413,9 @@ def animation(path):
     with contextlib.suppress(Exception), Image.open(path) as image:  # decoders raise almost anything
         animated = image.format in ("GIF", "WEBP", "AVIF") and np.prod(image.size) <= MAX_PIXELS
         for each in ImageSequence.Iterator(image) if animated else ():
-            lasts = each.info.get("duration", 0) / 1000
             white = Image.new("RGBA", each.size, "white")
             frame = np.asarray(Image.alpha_composite(white, each.convert("RGBA")).convert("RGB"))
+            lasts = each.info.get("duration", 0) / 1000  # WebP has it only now
             first = frame if first is None else first
             moves = moves or (frame != first).any()
             waiting.append((now, frame if moves else first, lasts if lasts > 0.01 else 0.1))  # as browsers do

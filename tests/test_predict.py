@@ -540,8 +540,8 @@ def test_help_fits_a_screen_and_its_examples_work(model, two_faces, tmp_path, mo
 
 @pytest.mark.parametrize("args, why", [
     ((), "name photos, videos or a folder"),
-    (("--camera", "0", "photo.jpg"), "--camera goes with --model and --json only"),
-    (("--camera", "0", "--save", "x"), "--camera goes with --model and --json only"),
+    (("--camera", "0", "photo.jpg"), "--camera goes with --model, --json and --save only"),
+    (("http://a/b.jpg", "--sort", "x"), "http://a/b.jpg: photos are not fetched"),
     (("photo.jpg", "--sort", "x", "--save", "y"), "--sort goes with photos"),
     (("photo.jpg", "--sort", "x", "--sure", "95"), "--sure must be between 0 and 1"),
     (("photo.jpg", "--link"), "--sure and --link go with --sort"),
