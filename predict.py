@@ -35,13 +35,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 # read when OpenCV is loaded: of a missing camera it would say the same in a dozen lines
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -81,7 +81,8 @@ from preprocess_lips import (
 BATCH = 32  # photos whose faces go through the network together
 NO_FACE = "no face found"  # the error of a photo that is readable
 
-ARCHIVE = re.compile(rb"PK\x03\x04|7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ|.{257}ustar", re.S)  # as they begin
+PIPE = "pipes are not read; write it to a file, and name that"
+UNPACK, ARCHIVES = "an archive; unpack it, and name the folder", ".zip .tar .gz .tgz .7z .rar".split()
 VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 NO_VIDEO = "not a video that can be decoded"
 ANSWER = 20  # seconds in which an address must answer
@@ -159,7 +160,8 @@ def predict_photos(sources, model, crops=False, workers=None, largest=False):
                 for _, frame, _ in itertools.islice(() if faces else animation(source), MAX_FRAMES):
                     faces = faces or cropper(frame, largest)
         except OSError as error:
-            return Result(source, [], None, f"unreadable: {way_out(source) or error.strerror or error}")
+            way_out = PIPE if str(source) == "-" else UNPACK if source.suffix.lower() in ARCHIVES else ""
+            return Result(source, [], None, f"unreadable: {way_out or error.strerror or error}")
         return Result(source, faces, None, "" if faces else NO_FACE)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -240,6 +242,12 @@ class Moment(NamedTuple):
     faces: list  # of preprocess_lips.Face
     probabilities: np.ndarray  # float32, faces x classes, smoothed over some frames; rows sum to 1
 
+    @property
+    def largest(self):
+        """The probabilities of the largest face; None where there is none."""
+        sides = [face.box[2] - face.box[0] for face in self.faces]
+        return self.probabilities[np.argmax(sides)] if sides else None
+
 
 def predict_video(source, model):
     """Classify the mouths in every frame of a video, each face with a number that it keeps.
@@ -302,48 +310,28 @@ def same_face(a, b):
 
 
 class Video:
-    """An open video, stream or camera, to be iterated once: seconds since its start, and frame.
+    """A video, stream or camera, to be iterated once: seconds since its start, and frame.
 
-    Frames are uint8 arrays of shape (H, W, 3), RGB, upright, with square pixels, all as large as the first.
-
-    Parameters
-    ----------
-    source
-        As `predict_video` takes it.
-    sound : bool
-        Keep the sound that is read between the frames, for a `VideoCopy`.
-
-    Attributes
-    ----------
-    frames, seconds : int, float
-        How long the video says that it is; 0 where it does not say.
-    lasts : float
-        Seconds for which the newest frame is shown.
+    Frames are uint8 arrays of shape (H, W, 3), RGB, upright, all as large as the first. `frames` and
+    `seconds` are how long the video says that it is, 0 if it does not; `lasts` are the seconds for which the
+    newest frame is shown; `packets` gather the `sound` that is read between the frames.
 
     Raises
     ------
     OSError
-        It cannot be opened; the text says why.
+        It cannot be opened, or has no frame; the text says why.
     """
 
     def __init__(self, source, sound=False):
-        self.source, self.frames, self.seconds, self.lasts = source, 0, 0.0, 0.0
-        self.rate, self.begin, self.sound, self.packets = 25, None, None, deque()
-        if isinstance(source, int):
-            camera = cv2.VideoCapture(source)
-            if not camera.isOpened():
-                raise OSError("no such camera, or another program uses it")
-            self._pictures = camera_frames(camera)
-        elif is_address(source):
-            self._open(source, sound, ANSWER)
-        else:
-            with open(source, "rb") as file:  # which says what is missing, or closed to us
-                if not file.read(1):
-                    raise OSError("an empty file")
-            self._pictures = animation(source)
-            if next(animation(source), None) is None:
-                # a whole path: FFmpeg takes 12:30.mp4 for an address
-                self._open(str(Path(source).resolve()), sound)
+        self.source, self.frames, self.seconds, self.lasts, self.rate = source, 0, 0.0, 0.0, 25
+        self.sound, self.packets = None, deque(maxlen=None if sound else 0)
+        readers = [camera_frames] if isinstance(source, int) else [animation, self._decode]
+        for read in readers[is_address(source):]:
+            self._pictures = read(source)
+            if first := next(self._pictures, None):
+                self._pictures = itertools.chain([first], self._pictures)
+                return
+        raise OSError("not one frame can be decoded")
 
     def __iter__(self):
         now = 0.0
@@ -351,35 +339,29 @@ class Video:
             now, self.lasts = max(now, seconds), lasts  # stamps go back where recordings were joined
             yield now, frame
 
-    def _open(self, name, sound, timeout=None):
+    def _decode(self, source):
+        far = is_address(source)
+        name = source if far else str(Path(source).resolve())  # FFmpeg takes 12:30.mp4 for an address
         try:
-            file = av.open(name, timeout=timeout, metadata_errors="replace")
-        except av.error.ExitError:
-            raise OSError(f"no answer within {timeout} s") from None
+            file = av.open(name, timeout=ANSWER if far else None, metadata_errors="replace")
         except av.FFmpegError as error:
-            raise OSError(f"no video can be read there ({error.strerror})" if timeout else NO_VIDEO) from None
-        picture = file.streams.best("video")
+            why = {av.error.InvalidDataError: NO_VIDEO, av.error.ExitError: f"no answer in {ANSWER} s"}
+            raise OSError(why.get(type(error), error.strerror)) from None
+        picture, heard = file.streams.best("video"), file.streams.best("audio")
         if not picture or not picture.codec_context or file.format.name.endswith(("image2", "_pipe")):
-            raise OSError("no video; photos are not fetched: download them first" if timeout else NO_VIDEO)
+            raise OSError("photos are not fetched: download it, and name the file" if far else NO_VIDEO)
         picture.thread_type = "AUTO"
-        heard = file.streams.best("audio") if sound else None
-        self.sound = heard if heard and heard.codec_context else None
-        self.rate = picture.average_rate or Fraction(25)
-        self.begin = None if file.start_time is None else file.start_time / av.time_base
-        whole = (file.duration or 0) / av.time_base
-        self._pictures = self._decode(file, picture)
+        self.sound, self.rate = heard if heard and heard.codec_context else None, picture.average_rate or 25
+        start = None if file.start_time is None else file.start_time / av.time_base
+        length = (picture.duration or 0) * picture.time_base or (file.duration or 0) / av.time_base
+        self.seconds = float(max(length, picture.frames / self.rate))  # of a cut AVI the first is a guess
+        self.frames = picture.frames or round(length * self.rate)
         if picture.disposition & av.stream.Disposition.attached_pic:  # a song's cover
-            self._pictures = ((0.0, frame, whole) for _, frame, _ in self._pictures)
-        else:
-            length = float(picture.duration * picture.time_base) if picture.duration else whole
-            self.seconds = max(length, float(picture.frames / self.rate))  # of a cut AVI the first is a guess
-            self.frames = picture.frames or round(length * self.rate)
-
-    def _decode(self, file, picture):
-        size, now = None, 0.0
+            self.frames = 1
+        size, now, convert = None, 0.0, av.video.reformatter.VideoReformatter().reformat
         with contextlib.suppress(av.FFmpegError):  # what breaks off has ended
             for packet in file.demux([picture, self.sound] if self.sound else picture):
-                if packet.stream is self.sound:
+                if packet.stream is not picture:
                     self.packets.append(packet)
                     continue
                 try:
@@ -390,39 +372,35 @@ class Video:
                     if not size:
                         wide = float(picture.sample_aspect_ratio or 1)
                         size = round(frame.width * (wide if 0.2 < wide < 5 else 1)), frame.height
-                    if self.begin is None:
-                        self.begin = frame.time or 0.0
+                        self.begin = (frame.time or 0.0) if start is None else start
                     now = now + self.lasts if frame.time is None else frame.time - self.begin
                     lasts = float(frame.duration * frame.time_base if frame.duration else 1 / self.rate)
-                    pixels = frame.to_ndarray(width=size[0], height=size[1], format="rgb24")
+                    pixels = convert(frame, *size, "rgb24", threads=1).to_ndarray()
                     yield now, np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))), lasts
 
 
-def camera_frames(camera):
-    """Seconds since the start, frame, and seconds that it lasts, of a cv2.VideoCapture."""
-    start = last = time.perf_counter()
+def camera_frames(number):
+    """Seconds since the start, frame, and the seconds that it lasts, of a camera."""
+    camera, start = cv2.VideoCapture(number), time.perf_counter()
+    if not camera.isOpened():
+        raise OSError("no such camera, or another program uses it")
     while (read := camera.read())[0]:
-        now = time.perf_counter()  # cameras stamp their frames in ways of their own
-        yield now - start, cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB), now - last
-        last = now
+        # cameras stamp their frames in ways of their own
+        yield time.perf_counter() - start, cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB), 1 / 25
 
 
 def animation(path):
-    """The same of a GIF, WebP or AVIF whose frames differ; nothing of any other file."""
-    now, first, moves, waiting = 0.0, None, False, []
+    """The same of a GIF, WebP or AVIF; nothing of any other file."""
+    now = 0.0
     with contextlib.suppress(Exception), Image.open(path) as image:  # decoders raise almost anything
-        animated = image.format in ("GIF", "WEBP", "AVIF") and np.prod(image.size) <= MAX_PIXELS
-        for each in ImageSequence.Iterator(image) if animated else ():
+        fits = image.format in ("GIF", "WEBP", "AVIF") and np.prod(image.size) <= MAX_PIXELS
+        for each in ImageSequence.Iterator(image) if fits else ():
             white = Image.new("RGBA", each.size, "white")
             frame = np.asarray(Image.alpha_composite(white, each.convert("RGBA")).convert("RGB"))
-            lasts = each.info.get("duration", 0) / 1000  # WebP has it only now
-            first = frame if first is None else first
-            moves = moves or (frame != first).any()
-            waiting.append((now, frame if moves else first, lasts if lasts > 0.01 else 0.1))  # as browsers do
-            now += waiting[-1][2]
-            if moves:
-                yield from waiting
-                waiting.clear()
+            lasts = each.info.get("duration", 0) / 1000  # which WebP has only now
+            lasts = lasts if lasts > 0.01 else 0.1  # as browsers show it
+            yield now, frame, lasts
+            now += lasts
 
 
 class NotWritten(OSError):
@@ -432,43 +410,61 @@ class NotWritten(OSError):
 class VideoCopy:
     """An annotated copy that browsers play, H.264 in MP4: frames keep their times, and the sound is kept.
 
-    Nothing is at `target` before `finish`; `close` it in any case. Methods raise `NotWritten`.
-
-    Parameters
-    ----------
-    target : Path
-    video : Video
-        Opened with its sound.
+    Nothing is at `target` before all is added; `close` it in any case. Methods raise `NotWritten`.
     """
 
-    def __init__(self, target, video):
-        self.target, self.video, self.part = target, video, temporary(target.resolve())
-        self.file = self.waiting = None
+    def __init__(self, target, video, size):
+        self.target, self.video, self.waiting, self.part = target, video, None, temporary(target.resolve())
+        with self._writing():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.file = av.open(str(self.part), "w", "mp4", {"movflags": "+faststart"})
+            self.picture = self.file.add_stream("libx264", min(video.rate, 240), X264)
+            self.picture.width, self.picture.height = (side + side % 2 for side in size)
+            context, self.encoders = self.picture.codec_context, [self.picture]
+            context.time_base, context.color_range = TICK, LIMITED
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            if video.sound and video.sound.codec_context.codec.canonical_name in COPIED:
+                self.sound = self.file.add_stream_from_template(video.sound)
+            elif video.sound:
+                self.sound = self.file.add_stream("aac")
+                self.encoders.append(self.sound)
 
     def add(self, picture, seconds):
-        """Add a frame (PIL image) and its time; what came before it lasts until then."""
+        """Add a frame (PIL image; None: that was all) and its time, until which the one before it lasts."""
         with self._writing():
-            if not self.file:
-                self._begin(picture.size)
-            stamp = self._encode(seconds)
-            self.waiting = av.VideoFrame.from_image(picture)
-            self.waiting.pts, self.waiting.time_base = stamp, TICK
-            self.waiting.colorspace, self.waiting.color_range = BT709, LIMITED
-
-    def finish(self, seconds):
-        """Put the copy at `target`; its last frame lasts until then."""
-        with self._writing():
-            self._encode(seconds)
+            stamp = round(seconds / TICK)
+            if self.waiting:
+                stamp = max(stamp, self.waiting.pts + 1)
+                self.waiting.duration = stamp - self.waiting.pts
+                self.file.mux(self.picture.encode(self.waiting))
+            while self.video.packets:
+                self._add_sound(self.video.packets.popleft())
+            if picture:
+                self.waiting = av.VideoFrame.from_image(picture)
+                self.waiting.pts, self.waiting.time_base = stamp, TICK
+                self.waiting.colorspace, self.waiting.color_range = BT709, LIMITED
+                return
             for stream in self.encoders:
                 self.file.mux(stream.encode())
             self.file.close()
             self.part.replace(self.target)
 
     def close(self):
-        if self.file:
-            with contextlib.suppress(av.FFmpegError):
-                self.file.close()
+        with contextlib.suppress(av.FFmpegError):
+            self.file.close()
         self.part.unlink(missing_ok=True)
+
+    def _add_sound(self, packet):
+        late = round(self.video.begin / packet.time_base)
+        with contextlib.suppress(av.error.InvalidDataError, av.error.ArgumentError):  # what is damaged
+            if packet.dts is not None:
+                packet.pts, packet.dts = packet.pts - late, packet.dts - late
+            if self.sound in self.encoders:
+                for frame in packet.decode():
+                    self.file.mux(self.sound.encode(frame))
+            elif packet.dts is not None:
+                packet.stream = self.sound
+                self.file.mux(packet)
 
     @contextlib.contextmanager
     def _writing(self):
@@ -476,45 +472,6 @@ class VideoCopy:
             yield
         except (OSError, av.FFmpegError) as error:
             raise NotWritten(f"{self.target} cannot be written ({error.strerror})") from None
-
-    def _begin(self, size):
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.file = av.open(str(self.part), "w", "mp4", {"movflags": "+faststart"})
-        self.picture = self.file.add_stream("libx264", min(self.video.rate, 240), X264)
-        self.picture.width, self.picture.height = (side + side % 2 for side in size)
-        context = self.picture.codec_context
-        context.time_base, context.color_range = TICK, LIMITED
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        self.encoders = [self.picture]
-        sound = self.video.sound
-        if sound and sound.codec_context.codec.canonical_name in COPIED:
-            self.sound = self.file.add_stream_from_template(sound)
-        elif sound:
-            self.sound = self.file.add_stream("aac")
-            self.encoders.append(self.sound)
-
-    def _encode(self, seconds):
-        """Encode the frame that waits, which lasts until then, and the sound so far; the next stamp."""
-        stamp = round(seconds / TICK)
-        if self.waiting:
-            stamp = max(stamp, self.waiting.pts + 1)
-            self.waiting.duration = stamp - self.waiting.pts
-            self.file.mux(self.picture.encode(self.waiting))
-        while self.video.packets:
-            with contextlib.suppress(av.error.InvalidDataError, av.error.ArgumentError):  # what is damaged
-                self._add_sound(self.video.packets.popleft())
-        return stamp
-
-    def _add_sound(self, packet):
-        if packet.dts is not None:
-            late = round(self.video.begin / packet.time_base)
-            packet.pts, packet.dts = packet.pts - late, packet.dts - late
-        if self.sound in self.encoders:
-            for frame in packet.decode():
-                self.file.mux(self.sound.encode(frame))
-        elif packet.dts is not None:
-            packet.stream = self.sound
-            self.file.mux(packet)
 
 
 class Changes:
@@ -527,7 +484,7 @@ class Changes:
     def lines(self, now, faces):
         """The lines for the next frame, of objects of `as_json`."""
         self.frame += 1
-        for one in faces:
+        for one in faces if "label" in faces[0] else ():
             number, label = one["face"], self.last.get(one["face"], (None,))[0]
             if one["probability"] > one["probabilities"].get(label, -1) + LEAD:
                 label = one["label"]
@@ -542,73 +499,55 @@ class Changes:
         return printable(f"{self.source}  {int(now // 60)}:{now % 60:05.2f}  face {number}  {what}")
 
 
-def run_video(video, model, as_lines=False, copy=None, window=None):
-    """Predict a video frame by frame and print it: words for every change, or JSON for every frame.
-
-    Parameters
-    ----------
-    video : Video
-    model : net.simpleconv3
-    as_lines : bool
-        Print JSON.
-    copy : VideoCopy, optional
-    window : Window, optional
-        Where the frames are shown until the user ends it.
-
-    Returns
-    -------
-    labels : Counter
-        Frames with each label (a frame with two faces counts twice), and without a face under "".
-        Empty where not one frame can be decoded.
-    strip : list of (float, float, int or None)
-        From and until when (seconds) the largest face has which class; None: there is no face.
-    poster : PIL.Image.Image or None
-        The first frame of the copy with a face.
-
-    Raises
-    ------
-    NotWritten
-        The copy cannot be written.
-    """
-    labels, turns, poster, changes, n, end, cut = Counter(), [], None, Changes(video.source), 0, 0.0, False
-    bar = tqdm(total=video.frames or None, unit="frame", leave=False, disable=True if window else None)
-    stop = () if isinstance(video.source, Path) else KeyboardInterrupt  # how a camera or a stream ends
-    with bar, contextlib.suppress(stop):
-        for moment in predict_video(video, model):
-            n, end = n + 1, moment.time + video.lasts
-            result = Result(video.source, moment.faces, moment.probabilities, "" if moment.faces else NO_FACE)
-            found = as_json(result, model.classes, moment.numbers, time=round(moment.time, 3))
-            labels.update(one.get("label", "") for one in found)
-            faces = found if moment.faces else []
-            for line in map(json_line, found) if as_lines else changes.lines(moment.time, faces):
-                tqdm.write(line)
-            row = largest_row(moment)
-            top = None if row is None else int(row.argmax())
-            if not turns or turns[-1][1] != top:
-                turns.append((moment.time, top))
-            if copy:
-                picture = annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0)
-                copy.add(picture, moment.time)
-                poster = poster or (picture if faces else None)
-            bar.update()
-            if window and not window.show(moment, model.classes):
-                break
-        else:
-            cut = n < 0.9 * video.frames and end < 0.9 * video.seconds  # some formats only estimate these
-            end = end if cut else max(end, video.seconds)
-    if copy and n:
-        copy.finish(end)
-    if cut and n:
-        text = printable(f"{video.source}  cut short or damaged: {n} of {video.frames} frames can be decoded")
-        print(text, file=sys.stderr if as_lines else sys.stdout)
+def print_video(video, relative, model, args, copies, window=None):
+    """Predict an open video, print it, and save a copy and a poster if asked; return its `Card`."""
+    labels, turns, changes, n, end, cut = Counter(), [], Changes(video.source), 0, 0.0, False
+    name = copies.name(relative, ".mp4") if copies else None
+    copy = poster = None
+    with contextlib.ExitStack() as stack:
+        hide = True if window else None
+        bar = stack.enter_context(tqdm(total=video.frames or None, unit="frame", leave=False, disable=hide))
+        try:
+            for moment in predict_video(video, model):
+                faces, rows = moment.faces, moment.probabilities
+                result = Result(video.source, faces, rows, "" if faces else NO_FACE)
+                found = as_json(result, model.classes, moment.numbers, time=round(moment.time, 3))
+                for line in map(json_line, found) if args.json else changes.lines(moment.time, found):
+                    tqdm.write(line)
+                n, end = n + 1, moment.time + video.lasts
+                labels.update(one.get("label", "") for one in found)
+                top = int(moment.largest.argmax()) if faces else None
+                if not turns or turns[-1][1] != top:
+                    turns.append((moment.time, top))
+                if copies:
+                    picture = annotate(moment.frame, faces, rows, model.classes, 0)
+                    if not copy:
+                        copy = VideoCopy(copies.folder / name, video, picture.size)
+                        stack.enter_context(contextlib.closing(copy))
+                    copy.add(picture, moment.time)
+                    poster = poster or (picture if faces else None)
+                bar.update()
+                if window and not window.show(moment, model.classes):
+                    break
+            else:
+                cut = n < 0.9 * video.frames and end < 0.9 * video.seconds  # some formats only estimate these
+                end = end if cut else max(end, video.seconds)
+        except KeyboardInterrupt:  # which is how a camera or a stream ends
+            if isinstance(video.source, Path) or not n:
+                raise
+        if copy:
+            copy.add(None, end)
+    if poster:
+        save_jpeg(poster, copies.folder / (poster := copies.name(relative, ".jpg")))
+    if cut:
+        text = f"{video.source}  cut short or damaged: {n} of {video.frames} frames can be decoded"
+        print(printable(text), file=sys.stderr if args.json else sys.stdout)
+    if not args.json:
+        shares = (f"{label or 'no face'} {n / labels.total():.0%}" for label, n in labels.most_common())
+        print(printable(f"{video.source}  {', '.join(shares)}"))
+    rows = [[labels[name] / labels.total() for name in model.classes]] if labels.keys() - {""} else []
     strip = [(start, until, top) for (start, top), (until, _) in zip(turns, [*turns[1:], (end, None)])]
-    return labels, strip, poster
-
-
-def largest_row(moment):
-    """The probabilities of a moment's largest face; None where there is none."""
-    sides = [face.box[2] - face.box[0] for face in moment.faces]
-    return moment.probabilities[np.argmax(sides)] if sides else None
+    return Card(video.source, name, rows, "" if rows else NO_FACE, poster, strip, end)
 
 
 def print_videos(files, model, args, copies):
@@ -616,35 +555,23 @@ def print_videos(files, model, args, copies):
     live = args.camera is not None and not args.json
     if live and not has_screen():
         live = False
-        print("no screen for a window, so lines only; Ctrl-C ends", file=sys.stderr)
+        print("no screen for a window, so only lines; Ctrl-C ends", file=sys.stderr)
     for source, relative in files:
-        copy, poster, labels, strip, error = None, None, Counter(), [], ""
+        card = Card(source, None, [], "")
         try:
             video = Video(source, sound=bool(copies))
         except OSError as problem:
-            error = f"unreadable: {problem.strerror or problem}"
+            card = card._replace(error=f"unreadable: {problem.strerror or problem}")
         else:
-            copy = copies.name(relative, ".mp4") if copies else None
-            writer = VideoCopy(copies.folder / copy, video) if copies else None
             window = Window(f"{source} - q quits") if live else None
             try:
-                with contextlib.closing(writer) if writer else contextlib.nullcontext():
-                    labels, strip, picture = run_video(video, model, args.json, writer, window)
-                error = "" if labels else "unreadable: not one frame can be decoded"
+                card = print_video(video, relative, model, args, copies, window)
             except NotWritten as problem:
-                error = str(problem)
-            copy = None if error else copy
-            if copy and picture:
-                poster = copies.name(relative, ".jpg")
-                save_jpeg(picture, copies.folder / poster)
-        if not args.json:
-            shares = (f"{label or 'no face'} {n / labels.total():.0%}" for label, n in labels.most_common())
-            print(printable(f"{source}  {error or ', '.join(shares)}"))
-        elif error:
-            print(json_line({"source": str(source), "face": None, "error": error}))
-        rows = [[labels[name] / labels.total() for name in model.classes]] if labels.keys() - {""} else []
-        error = error or ("" if rows else NO_FACE)
-        yield Card(source, copy, rows, error, poster, strip, strip[-1][1] if strip else 0.0)
+                card = card._replace(error=str(problem))
+        if card.error not in ("", NO_FACE):
+            one = {"source": str(source), "face": None, "error": card.error}
+            print(json_line(one) if args.json else photo_line(one))
+        yield card
 
 
 # --- camera
@@ -675,7 +602,7 @@ class Window:
             self.gap += (now - self.last - self.gap) * (0.05 if self.gap else 1)
         self.last = now
         picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0)
-        draw_bars(picture, largest_row(moment), classes, 1 / self.gap if self.gap else 0)
+        draw_bars(picture, moment.largest, classes, 1 / self.gap if self.gap else 0)
         cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
         # files play at their own speed; a camera's frames are always due
         early = self.start + moment.time - time.perf_counter()
@@ -1162,29 +1089,13 @@ def file_name(start, stem, end):
     return start + stem + end
 
 
-def first_bytes(path):
-    """The first 4,096 bytes of a regular file; none where they cannot be read."""
-    with contextlib.suppress(OSError):
-        if path.is_file():  # a pipe would be waited for
-            with open(path, "rb") as file:
-                return file.read(4096)
-    return b""
-
-
-def way_out(path):
-    """What to do about a file that is neither a photo nor a video; empty where nothing can be done."""
-    if str(path) == "-":
-        return "pipes are not read; write it to a file, and name that"
-    return "an archive; unpack it, and name the folder" if ARCHIVE.match(first_bytes(path)) else ""
-
-
 def is_address(source):
-    """Whether this is an address, such as rtsp://camera/1."""
-    return isinstance(source, str) and bool(re.match(r"[a-z][a-z\d+.-]+://", source, re.I))
+    """Whether this is an address, such as rtsp://camera/1, and neither a path nor a camera's number."""
+    return "://" in str(source)
 
 
 def find_inputs(text):
-    """What an argument names: paths, one as a rule, or an address (str)."""
+    """What an argument names: a list of paths, one as a rule, or of an address (str)."""
     if is_address(text):
         return [text]
     found = [] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))  # Windows leaves it to us
@@ -1194,29 +1105,31 @@ def find_inputs(text):
 def kind_of(path, named=True):
     """What a file is by its content: "photo", "animation", "video" or "other file".
 
-    What is not `named`, but lies in a folder, is taken for a photo by its ending; what is damaged, too.
+    The usual endings of photos are believed in folders (not `named`), and those of videos if all else fails.
     """
     ending = path.suffix.lower()
     photo = ending in HEIC or ending not in VIDEOS and Image.registered_extensions().get(ending) in Image.OPEN
-    if photo and not named and ending not in (".gif", ".webp"):
+    if photo and not named and ending not in (".gif", ".webp") or path.exists() and not path.is_file():
         return "photo"
-    data = first_bytes(path)
-    if data.startswith((b"\xff\xd8\xff", b"\x89PNG")) or is_heic(data):
-        return "photo"
-    if b"\0" in data:  # else it is text, which may name other files to FFmpeg
-        with contextlib.suppress(Exception), Image.open(path) as image:  # anything may be raised
-            if image.format != "MPEG":
-                return "animation" if next(animation(path), None) else "photo"
-        with contextlib.suppress(OSError):
-            if next(iter(Video(path)), None):
-                return "video"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        data = file.read(4096)
+        if data.startswith((b"\xff\xd8\xff", b"\x89PNG")) or is_heic(data):
+            return "photo"
+        if b"\0" in data:  # else it is text, which might name other files to FFmpeg
+            with contextlib.suppress(Exception), Image.open(path) as image:  # anything may be raised
+                frames = (frame for _, frame, _ in animation(path))
+                first = next(frames, None)
+                if any((frame != first).any() for frame in frames):
+                    return "animation"
+                if image.format != "MPEG":
+                    return "photo"
+            Video(path)
+            return "video"
     return "video" if ending in VIDEOS else "photo" if named or photo else "other file"
 
 
 def list_inputs(inputs, videos=False, skip=None):
     """The photos and, if asked, the videos that are named or in folders that are named, at any depth.
-
-    What is left out is said on standard error.
 
     Parameters
     ----------
@@ -1230,48 +1143,45 @@ def list_inputs(inputs, videos=False, skip=None):
     Returns
     -------
     photos, videos : list of (Path, Path)
-        Each file, and its path below its input.
+        Each file, and its path below its input. How many others there are is said on standard error.
 
     Raises
     ------
     FileNotFoundError
         A folder has none.
     """
-    found = {"photo": [], "video": []}
+    photos, films = [], []
     for path in inputs:
-        if not isinstance(path, Path):
-            parts = urlsplit(str(path))
-            name = parts.path.strip("/") or parts.netloc if is_address(path) else f"camera_{path}"
-            found["video"].append((path, Path(re.sub(r"[^\w.-]", "_", name))))
+        if not isinstance(path, Path):  # named without what may be secret
+            name = re.sub(r"[^\w.-]+", "_", re.sub(r".*://(.*@)?|\?.*", "", str(path)))
+            films.append((path, Path(name)))
             continue
-        files, named, kinds = [(path, Path(path.name))], not path.is_dir(), defaultdict(list)
-        if not named:
-            left_out = skip.resolve() if skip and path.resolve() in skip.resolve().parents else None
-            files = [(file, file.relative_to(path)) for file in sorted(path.rglob("*"))
-                     if not left_out or left_out not in file.resolve().parents]
-            files = [(file, below) for file, below in files
-                     if not any(map(is_hidden, below.parts)) and file.is_file()]
-        for file, below in files:
+        named, kinds = not path.is_dir(), {"photo": [], "video": [], "other file": []}
+        left_out = skip.resolve() if skip and path.resolve() in skip.resolve().parents else None
+        for file in [path] if named else sorted(path.rglob("*")):
+            below = Path(file.name) if named else file.relative_to(path)
+            if not named and (any(map(is_hidden, below.parts)) or not file.is_file()
+                              or left_out and left_out in file.resolve().parents):
+                continue
             kind = kind_of(file, named)
-            kinds[kind if kind != "animation" else "video" if videos else "photo"].append((file, below))
-        wanted = [kinds.pop(kind, []) for kind in ("photo", "video")[:1 + videos]]
-        for kind, more in zip(found, wanted):
-            found[kind] += more
-        left = " and ".join(f"{len(more)} {kind}{'s' * (len(more) > 1)}" for kind, more in kinds.items())
-        if not any(wanted) and not named:
-            text = f"{path}: no photos {'or videos ' if videos else ''}in this folder"
-            raise FileNotFoundError(text + f", but {left}" * bool(left))
-        if left:
-            print(printable(f"{path}: left out {left}"), file=sys.stderr)
-    return found["photo"], found["video"]
+            kinds[kind if kind in kinds else "video" if videos else "photo"].append((file, below))
+        photos += kinds["photo"]
+        films += (more := kinds.pop("video") if videos else [])
+        others = " and ".join(f"{len(files)} {kind}{'s' * (len(files) > 1)}"
+                              for kind, files in kinds.items() if files and kind != "photo")
+        if not named and not kinds["photo"] + more:
+            text = f"{path}: no photos {'or videos ' * videos}in this folder"
+            raise FileNotFoundError(text + f", but {others}" * bool(others))
+        if others:
+            print(printable(f"{path}: left out {others}"), file=sys.stderr)
+    return photos, films
 
 
 def print_inputs(args, model):
     """Predict all inputs, print what is found, and save copies and a page of them if asked."""
     photos, videos = list_inputs(args.inputs, videos=not args.crops, skip=args.save)
-    cards = [], []
+    cards, copies = ([], []), None
     with locked(args.save / ".lock") if args.save else contextlib.nullcontext():
-        copies = None
         if args.save:
             sweep(args.save, *(path for path in args.save.rglob("*") if path.is_dir()))
             copies = Copies(args.save, [one for one in photos + videos if isinstance(one[0], Path)])
@@ -1316,12 +1226,10 @@ def parse_args(argv):
     add("--camera", metavar="SOURCE",
         help="show a camera (0 is the first), a video file or an address live in a window, given a screen; "
              "q, Esc or Ctrl-C ends")
-    add("--evaluate", type=Path, metavar="DIR",
-        help="score the model on photos in a folder of class folders")
+    add("--evaluate", type=Path, metavar="DIR", help="score the model on photos in a folder of class folders")
 
     add = parser.add_argument_group("what the inputs are and what is made of them").add_argument
-    add("--crops", action="store_true",
-        help="the images are mouth crops, not photos; videos are left out")
+    add("--crops", action="store_true", help="the images are mouth crops, not photos; videos are left out")
     add("--json", action="store_true",
         help="print one JSON object a face and line (of videos: for every frame) instead of words; "
              "with --evaluate one for all")

@@ -52,7 +52,7 @@ def measure(clip, model, window):
     start, counts = time.perf_counter(), []
     live = Window("bench") if window else None
     start = time.perf_counter()
-    for moment in predict_video(cv2.VideoCapture(str(clip)), model):
+    for moment in predict_video(clip, model):
         if live:
             live.show(moment, model.classes)
         else:
@@ -75,7 +75,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)  # as predict.py does
     model = load_model(args.model) if args.model else simpleconv3(4).eval()
-    photos = [read_photo(file) for file, _ in list_inputs([args.photos])[:4]]
+    photos = [read_photo(file) for file, _ in list_inputs([args.photos])[0][:4]]
     window = bool(os.environ.get("DISPLAY")) or sys.platform != "linux"
     print(f"{cores()} cores, 640 x 480, {'with' if window else 'without'} a window")
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def main():
             rates, found = zip(*(measure(clip, model, window) for _ in range(args.rounds)))
             print(f"{name:15} {statistics.median(rates):5.0f} frames/s (least {min(rates):.0f}), "
                   f"the same number of faces in {found[0]:.0%}", flush=True)
-        frame = next(predict_video(cv2.VideoCapture(str(Path(folder) / "one large face.avi")), model)).frame
+        frame = next(predict_video(Path(folder) / "one large face.avi", model)).frame
         cropper, start = LipCropper(), time.perf_counter()
         for _ in range(30):
             cropper(frame)
