@@ -101,6 +101,9 @@ SORTED = ".sorted"  # in the folder of --sort: a line of JSON for each photo tha
 HEAD = re.compile(r"^[01]\.\d{3}(-\d+)?_")  # of a sorted photo's name: its probability
 
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
+MOST_ENLARGED = 2560  # pixels to which the longer side of photos with small faces is enlarged at most
+LEAST_WORDS = 13  # pixels of the smallest letters
+WORDS = 6  # widths of letters that a face's words take, or heights
 MOST_SHOWN = 48  # mouths in the picture of those that the model contradicts
 
 EXAMPLES = """examples:
@@ -520,7 +523,7 @@ def print_video(video, relative, model, args, copies, window=None):
                 if not turns or turns[-1][1] != top:
                     turns.append((moment.time, top))
                 if copies:
-                    picture = annotate(moment.frame, faces, rows, model.classes, 0)
+                    picture = annotate(moment.frame, faces, rows, model.classes, 0, moment.numbers)
                     if not copy:
                         copy = VideoCopy(copies.folder / name, video, picture.size)
                         stack.enter_context(contextlib.closing(copy))
@@ -601,7 +604,7 @@ class Window:
         else:
             self.gap += (now - self.last - self.gap) * (0.05 if self.gap else 1)
         self.last = now
-        picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0)
+        picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0, moment.numbers)
         draw_bars(picture, moment.largest, classes, 1 / self.gap if self.gap else 0)
         cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
         # files play at their own speed; a camera's frames are always due
@@ -871,9 +874,18 @@ def print_sorted(args, model, counts, before, unreadable):
 
 # --- pictures and page
 
+# Okabe and Ito's colours that the colour-blind tell apart, but for those too dark for black letters
+PALETTE = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#bbbbbb")
 
-def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
-    """A copy of the photo with every mouth's box, expression and probability.
+
+def colour(label):
+    return PALETTE[label % len(PALETTE)]
+
+
+def annotate(photo, faces, probabilities, classes, least=MIN_SAVED, numbers=None):
+    """A copy of the photo with every mouth's box, expression and probability, and its number among several.
+
+    The words are as large as the faces allow, and cover no face and no other word where there is room.
 
     Parameters
     ----------
@@ -882,29 +894,81 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED):
         As in a `Result`.
     classes : sequence of str
     least : int
-        Pixels to which the longer side of small photos is enlarged, so that the words can be read.
+        Pixels to which the longer side of small photos is enlarged, and photos of small faces until the words
+        can be read; 0: none is, and where words find no place they are cut to the number.
+    numbers : sequence of int, optional
+        Of the faces (default: from 1).
 
     Returns
     -------
     PIL.Image.Image
     """
-    scale = max(1.0, least / max(photo.shape[:2]))
+    numbers = list(numbers or range(1, len(faces) + 1))
+    many = len(faces) > 1 or numbers > [1]
+    widths = [face.box[2] - face.box[0] for face in faces]
+    scale = 1.0
+    if least:
+        longer = max(photo.shape[:2])
+        words = WORDS * LEAST_WORDS / min(widths, default=longer)
+        scale = max(1.0, least / longer, min(words, MOST_ENLARGED / longer))
     photo = Image.fromarray(photo).convert("RGB")
-    photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
+    if scale > 1:
+        size = round(photo.width * scale), round(photo.height * scale)
+        photo = photo.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(photo)
     side = min(photo.size)
-    line, size = max(2, side // 200), max(15, side // 26)
-    for face, row in zip(faces, probabilities):
+    line = max(2, side // 300)
+    # what words keep off, and how much they do; chins may reach out of boxes
+    mouths = scale * np.array([face.mouth for face in faces]).reshape(-1, 4)
+    heads = scale * np.array([face.box for face in faces]).reshape(-1, 4)
+    heads = np.hstack([np.minimum(heads, mouths)[:, :2], np.maximum(heads, mouths)[:, 2:]])
+    taken = [(*head, 1) for head in heads] + [(*mouth, 20) for mouth in mouths]
+    for face, head, row, number, width in zip(faces, heads, probabilities, numbers, widths):
+        label = int(row.argmax())
         box = [min(max(v * scale, 0), length - 1) for v, length in zip(face.mouth, 2 * photo.size)]
         draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=line + 2)
-        draw.rectangle(box, outline="yellow", width=line)
-        font, text = load_font(f"{classes[row.argmax()]} {row.max():.0%}", size)
-        width, height = draw.textbbox((0, 0), text, font)[2:]
-        x = min(max(box[0], 0), max(0, photo.width - width - 8))
-        y = box[1] - height - 8 if box[1] > height + 8 else min(box[3], photo.height - height - 8)
-        draw.rectangle((x, y, x + width + 8, y + height + 7), "yellow")
-        draw.text((x + 4, y + 3), text, "black", font)
+        draw.rectangle(box, outline=colour(label), width=line)
+        large = int(min(max(side // 20, 15), max(width * scale / WORDS, LEAST_WORDS)))
+        large = large if large < 20 else large // 4 * 4  # or a video's words would never rest
+        name, percent = f"{number}: " * many + classes[label], f" {row.max():.0%}"
+        tries = [(large, name, percent)]  # the last one stays where nothing is free
+        tries += [(LEAST_WORDS, name, percent), (LEAST_WORDS, str(number), "")] if many else []
+        for size, name, percent in tries:
+            font, name = load_font(name, size)
+            width, height = round(font.getlength(name + percent)) + 8, size + 6
+            (x, y), covered = free_place(width, height, head, taken, photo.size)
+            if not covered:
+                break
+        taken.append((x, y, x + width, y + height, 20))
+        draw.rectangle((x, y, x + width - 1, y + height - 1), colour(label), "black")
+        draw.text((x + 4, y + 3 + size * 0.4), name + percent, "black", font, anchor="lm")
     return photo
+
+
+def free_place(width, height, face, taken, size):
+    """The place for words around a face that covers least of what is taken, and how much it covers.
+
+    Parameters
+    ----------
+    width, height : int
+        Of the words.
+    face : (left, top, right, bottom)
+    taken : list of (left, top, right, bottom, weight)
+    size : (int, int)
+        Of the picture, within which the place is.
+    """
+    left, top, right, bottom = face
+    xs = (left + right - width) / 2, left, right - width
+    places = [(x, y) for y in (bottom + 2, top - height - 2) for x in xs]
+    places += [(x, y) for x in (right + 2, left - width - 2)
+               for y in (bottom - height, (top + bottom - height) / 2, top)]
+    places += [(x, y) for y in (bottom + 4 + height, top - 2 * height - 4) for x in xs]
+    places += [(x, y) for y in (top, bottom - height) for x in xs[1:]]  # on the face itself
+    places = np.clip(np.round(places), 0, np.maximum(np.subtract(size, (width, height)), 0)).astype(int)
+    taken = np.array(taken)
+    overlap = (np.minimum(places[:, None] + (width, height), taken[:, 2:4])
+               - np.maximum(places[:, None], taken[:, :2])).clip(0).prod(2) @ taken[:, 4]
+    return tuple(places[overlap.argmin()].tolist()), overlap.min()
 
 
 def draw_bars(picture, row, classes, rate):
@@ -915,7 +979,7 @@ def draw_bars(picture, row, classes, rate):
     digits, _ = load_font("0", size)
     draw.rectangle((0, 0, width + 12, (len(classes) + 1) * step + 8), (0, 0, 0, 150))
     for i, (name, p) in enumerate(zip(classes, np.zeros(len(classes)) if row is None else row)):
-        draw.rectangle((6, 6 + i * step, 6 + p * width, 2 + (i + 1) * step), (200, 150, 0, 220))
+        draw.rectangle((6, 6 + i * step, 6 + p * width, 2 + (i + 1) * step), colour(i) + "90")
         font, name = load_font(name, size)
         draw.text((10, 7 + i * step), name, "white", font)
         draw.text((width, 7 + i * step), f"{p:.0%}", "white", digits, anchor="ra")

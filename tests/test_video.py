@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageColor
 
+import predict
 import preprocess_lips
 import train
 from net import load_model
@@ -162,8 +163,9 @@ def test_lines_tell_changes_and_the_copy_has_every_frame(inside, model, orl, tmp
     before, _ = frames_of(tmp_path / "clip.mp4")
     after, rate = frames_of(tmp_path / "named" / "clip.mp4")
     assert len(after) == len(before) == 3 * HOLD and rate == RATE and after[0].shape == before[0].shape
-    yellow = [((f[..., 2] > 180) & (f[..., 1] > 180) & (f[..., 0] < 110)).sum() for f in after]
-    assert min(yellow[:HOLD]) > 300 and max(yellow[HOLD + 2:2 * HOLD]) < 50 and min(yellow[-10:]) > 300
+    bgr = [ImageColor.getrgb(colour)[::-1] for colour in predict.PALETTE[:2]]  # of bright, dark
+    words = [sum((abs(frame - np.array(colour)).max(2) < 30).sum() for colour in bgr) for frame in after]
+    assert min(words[:HOLD]) > 300 and max(words[HOLD + 2:2 * HOLD]) < 50 and min(words[-10:]) > 300
     assert sorted(visible(tmp_path / "named")) == ["clip.jpg", "clip.mp4", "index.html"]
 
 

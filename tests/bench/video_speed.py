@@ -56,7 +56,8 @@ def measure(clip, model, window):
         if live:
             live.show(moment, model.classes)
         else:
-            picture = annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0)
+            picture = annotate(moment.frame, moment.faces, moment.probabilities, model.classes, 0,
+                               moment.numbers)
             draw_bars(picture, moment.probabilities[0] if moment.faces else None, model.classes, 0)
         counts.append(len(moment.faces))
     return len(counts) / (time.perf_counter() - start), statistics.mean(n == max(counts) for n in counts)
