@@ -24,7 +24,6 @@ import contextlib
 import functools
 import gc
 import glob
-import html
 import io
 import itertools
 import json
@@ -39,7 +38,6 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -98,18 +96,19 @@ LEAD = 0.1  # by which a label must beat the one printed before to be a change
 
 SURE = 0.95  # least probability with which --sort trusts a label; tests/bench/README.md says what it gives
 SORTED = ".sorted"  # in the folder of --sort: a line of JSON for each photo that has been sorted
-HEAD = re.compile(r"^[01]\.\d{3}(-\d+)?_")  # of a sorted photo's name: its probability
+HEAD = re.compile(r"^[01]\.\d{3}(-[^_]+)?_")  # begins the names of sorted photos
 
 MIN_SAVED = 360  # pixels; smaller photos are enlarged before they are annotated
 MOST_ENLARGED = 2560  # pixels to which the longer side of photos with small faces is enlarged at most
 LEAST_WORDS = 13  # pixels of the smallest letters
 WORDS = 6  # widths of letters that a face's words take, or heights
-MOST_SHOWN = 48  # mouths in the picture of those that the model contradicts
 
 EXAMPLES = """examples:
   python predict.py photo.jpg clip.mp4 holiday/ --save named
   python predict.py --camera 0
 """
+
+TEMPLATE = Path(__file__).resolve().with_name("data") / "page.html"
 
 load_cropper = functools.cache(LipCropper)  # takes as long as forty photos; threads may share it
 load_font = functools.cache(label_font)  # takes longer than drawing with it
@@ -212,25 +211,38 @@ def photo_line(one):
     return printable(f"{one['source']}  face {one['face']}  {one['label']}  {one['probability']:.1%}")
 
 
-def print_photos(files, model, args, copies):
-    """Predict photos (pairs of `list_inputs`), print a line for each face, and save copies if asked.
+def predict_files(files, model, crops, largest=False):
+    """`predict_photos` with a progress bar, and a warning where a few crops are not square or hold a face."""
+    cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades, "haarcascade_frontalface_default.xml")))
 
-    Yields
-    ------
-    Card
-        One for each photo.
-    """
-    results = predict_photos([file for file, _ in files], model, args.crops)
-    bar = tqdm(results, total=len(files), unit="photo", leave=False, disable=None if len(files) > 1 else True)
-    for result, (file, relative) in zip(bar, files):
+    def is_photo(file):
+        with contextlib.suppress(OSError):
+            photo = read_photo(file)
+            small = cv2.resize(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), (256, 256))
+            faces = cascade.detectMultiScale(small, 1.1, 4, minSize=(100, 100))
+            return len(faces) > 0 or max(photo.shape[:2]) > 1.2 * min(photo.shape[:2])
+
+    some = files[::-(-len(files) // 8)] if crops and files else []
+    if some and 4 * sum(map(bool, map(is_photo, some))) >= len(some):  # one mouth in sixty looks like a face
+        text = f"{some[0]} and others look like whole photos, of which --crops makes nonsense: leave it out"
+        print(printable(text), file=sys.stderr)
+    results, quiet = predict_photos(files, model, crops, largest=largest), None if len(files) > 1 else True
+    return tqdm(results, total=len(files), unit="photo", leave=False, disable=quiet)
+
+
+def print_photos(files, model, args, copies):
+    """Predict photos (pairs of `list_inputs`), print lines, save copies if asked; yields a Card for each."""
+    for result, (file, relative) in zip(predict_files([file for file, _ in files], model, args.crops), files):
         for one in as_json(result, model.classes):
             tqdm.write(json_line(one) if args.json else photo_line(one))
-        copy = None
+        copy, boxes = None, []
         if copies and result.error in ("", NO_FACE):
-            copy = copies.name(relative, ".jpg")
-            picture = annotate(read_photo(file), result.faces, result.probabilities, model.classes)
+            copy, photo = copies.name(relative, ".jpg"), read_photo(file)
+            picture = annotate(photo, result.faces, result.probabilities, model.classes)
             save_jpeg(picture, copies.folder / copy)
-        yield Card(file, copy, list(result.probabilities), result.error)
+            if len(result.faces) > 1:
+                boxes = [np.multiply(face.box, picture.width / photo.shape[1]) for face in result.faces]
+        yield Card(file, copy, list(result.probabilities), result.error, boxes=boxes)
 
 
 # --- video
@@ -649,12 +661,7 @@ def evaluate(pairs, classes):
         "accuracy": ratio(hits.sum(), matrix.sum()),
         "balanced_accuracy": ratio(sum(recalls), len(recalls)),
         "classes": {
-            name: {
-                "precision": ratio(hit, g),
-                "recall": ratio(hit, t),
-                "f1": ratio(2 * hit, t + g),
-                "images": int(t),
-            }
+            name: dict(precision=ratio(hit, g), recall=ratio(hit, t), f1=ratio(2 * hit, t + g), images=int(t))
             for name, hit, t, g in zip(classes, hits, true, guessed)
         },
         "confusion": matrix.tolist(),
@@ -669,8 +676,8 @@ def evaluate_folder(folder, model, crops):
     scores : dict
         As `evaluate` returns it, with ``skipped``, the number of photos without a face, and ``contradicted``,
         the photos whose folder the model contradicts, most confident first: wrong labels are among them.
-    against : list of (float, Result, str, str)
-        The same, as probability, result, folder and label.
+    cards : list of Card
+        One for each photo.
 
     Raises
     ------
@@ -690,40 +697,34 @@ def evaluate_folder(folder, model, crops):
     if unknown:
         names = ", ".join(model.classes)
         raise ValueError(f"{folder}: holds {unknown[0]}, which is none of the model's classes ({names})")
-    pairs, skipped, against = [], 0, []
-    results = predict_photos([file for file, _ in files], model, crops)
-    bar = tqdm(results, total=len(files), unit="photo", leave=False, disable=None)
-    for result, (_, path) in zip(bar, files):
-        if result.error:
-            skipped += 1
-            continue
-        row = result.probabilities[0]
-        truth, guess = model.classes.index(path.parts[0]), int(row.argmax())
-        pairs.append((truth, guess))
-        if truth != guess:
-            against.append((float(row[guess]), result, model.classes[truth], model.classes[guess]))
-    if not pairs:
+    cards = []
+    for result, (file, path) in zip(predict_files([file for file, _ in files], model, crops), files):
+        boxes = [] if crops else [face.mouth for face in result.faces[:1]]
+        cards.append(Card(file, file.absolute(), list(result.probabilities[:1]), result.error, boxes=boxes,
+                          folder=path.parts[0]))
+    seen = [(card, int(card.rows[0].argmax())) for card in cards if card.rows]
+    if not seen:
         hint = "" if crops else "; if they are mouth crops, add --crops"
         raise ValueError(f"{folder}: no face in any of {len(files)} photos{hint}")
-    against.sort(key=lambda one: -one[0])
     contradicted = [
-        {"source": str(result.source), "folder": truth, "label": guess, "probability": round(p, 4)}
-        for p, result, truth, guess in against
+        {"source": str(card.source), "folder": card.folder, "label": model.classes[guess],
+         "probability": round(float(card.rows[0][guess]), 4)}
+        for card, guess in seen if card.folder != model.classes[guess]
     ]
-    return evaluate(pairs, model.classes) | {"skipped": skipped, "contradicted": contradicted}, against
+    contradicted.sort(key=lambda one: -one["probability"])
+    scores = evaluate([(model.classes.index(card.folder), guess) for card, guess in seen], model.classes)
+    return scores | {"skipped": len(cards) - len(seen), "contradicted": contradicted}, cards
 
 
 def evaluation_text(scores):
-    """Two tables and a line, as text, for the scores of `evaluate_folder`."""
+    """Two tables, a line and the most contradicted photos, texts for the scores of `evaluate_folder`."""
 
     def percent(value):
         return "-" if value is None else f"{value:.1%}"
 
     names = list(map(printable, scores["classes"]))
-    rows = [
-        [name, one["images"], *(percent(one[key]) for key in ("precision", "recall", "f1"))]
-        for name, one in zip(names, scores["classes"].values())
-    ]
+    rows = [[name, one["images"], *(percent(one[key]) for key in ("precision", "recall", "f1"))]
+            for name, one in zip(names, scores["classes"].values())]
     confusion = [[name, *row] for name, row in zip(names, scores["confusion"])]
     skipped = f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else ""
     text = [
@@ -733,49 +734,41 @@ def evaluation_text(scores):
         f" on {scores['images']} images{skipped}",
     ]
     if scores["contradicted"]:
-        lines = ["most confidently contradicted (wrong labels are among them; "
-                 f"--save DIR shows the first {MOST_SHOWN}):"]
+        lines = ["most confidently contradicted (wrong labels are among them; --save DIR shows them all):"]
         for one in scores["contradicted"][:8]:
             lines.append(printable(f"  {one['source']}  {one['label']} {one['probability']:.1%}"))
         text.append("\n".join(lines))
-    return "\n\n".join(text)
+    return text
 
 
 def print_evaluation(args, model):
-    """Score the model on the folder of --evaluate and print it; with --save draw what it contradicts."""
-    scores, against = evaluate_folder(args.evaluate, model, args.crops)
-    print(json_line(scores) if args.json else evaluation_text(scores))
-    if args.save:
-        text = "the model contradicts no folder, so nothing is saved"
-        if against:
-            sheet = args.save / "contradictions.jpg"
-            save_jpeg(contradictions_sheet(against), sheet)
-            text = f"the mouths that the model contradicts: {sheet}"
-        print(printable(text), file=sys.stderr if args.json else sys.stdout)
+    """Score the model on the folder of --evaluate and print it; with --save make a page of it."""
+    page = args.save and own_page(args.save / "evaluation.html")
+    scores, cards = evaluate_folder(args.evaluate, model, args.crops)
+    text = evaluation_text(scores)
+    print(json_line(scores) if args.json else "\n\n".join(text))
+    if page:
+        start = {"only": "wrong" if scores["contradicted"] else "", "order": "sure"}
+        write_page(page, cards, model.classes, f"{args.evaluate}: {text[2]}", start)
+        print(printable(f"all photos to look through: {page}"), file=sys.stderr if args.json else sys.stdout)
 
 
 # --- sorting
 
 
 class Tray:
-    """The folder of --sort: copies of photos, and a record of them, so that none is sorted twice.
-
-    Parameters
-    ----------
-    folder : Path
-    link : bool
-        Hard links instead of copies.
-    """
+    """The folder of --sort: copies of photos or hard links, and a record, so that none is sorted twice."""
 
     def __init__(self, folder, link):
         self.folder, self.link = folder, link
-        self.stamps, self.taken = {}, set()  # of photos, and the names of their copies, moved since or not
+        self.rows = {}  # of photos that were sorted, by the names of their copies, moved since or not
         if (folder / SORTED).is_file():
             for line in (folder / SORTED).read_text("utf-8", "replace").splitlines():
                 with contextlib.suppress(ValueError):  # an empty line, or one cut short by a kill
                     row = json.loads(line)
-                    self.stamps[row["source"]] = row["bytes"], row["mtime_ns"]
-                    self.taken.add(row["copy"].casefold())
+                    self.rows[row["copy"]] = row
+        self.stamps = {row["source"]: (row["bytes"], row["mtime_ns"]) for row in self.rows.values()}
+        self.taken = {copy.casefold() for copy in self.rows}
         sweep(folder, *(path for path in folder.iterdir() if path.is_dir()))
 
     def has(self, photo):
@@ -783,11 +776,15 @@ class Tray:
         about = photo.stat()
         return self.stamps.get(str(photo.resolve())) == (about.st_size, about.st_mtime_ns)
 
-    def add(self, photo, label, p=None):
-        """Copy a photo to the folder of its label, under a name that begins with the probability."""
+    def add(self, photo, one, label, p):
+        """Copy a photo, of which `as_json` says `one`, to a folder; its name begins with the probability.
+
+        In unsure/ the likeliest class comes next, without underscores: `HEAD` must know where it ends.
+        """
         stem, head = HEAD.sub("", photo.stem), "" if p is None else f"{int(1000 * p) / 1000:.3f}"
+        likeliest = "" if p is None or label == one["label"] else one["label"].replace("_", "-")[:40]
         for n in itertools.count(1):
-            start = "-".join(filter(None, [head, str(n) if n > 1 else ""]))
+            start = "-".join(filter(None, [head, likeliest, str(n) if n > 1 else ""]))
             copy = Path(label, file_name(start + "_" if start else "", stem, photo.suffix))
             target = self.folder / copy
             if copy.as_posix().casefold() in self.taken:
@@ -798,12 +795,27 @@ class Tray:
             if target.read_bytes() == photo.read_bytes():  # a kill came before the record
                 break
         about = photo.stat()
-        row = {"source": str(photo.resolve()), "bytes": about.st_size, "mtime_ns": about.st_mtime_ns,
-               "copy": copy.as_posix()}
+        row = one | {"source": str(photo.resolve()), "bytes": about.st_size, "mtime_ns": about.st_mtime_ns,
+                     "copy": copy.as_posix()}
         with writing(self.folder / SORTED), open(self.folder / SORTED, "a", encoding="utf-8") as record:
             record.write("\n" + json.dumps(row))  # after what a kill cut short
+        self.rows[row["copy"]] = row
         self.taken.add(row["copy"].casefold())
         return target
+
+    def cards(self, classes):
+        """A `Card` for each copy that is still in the folder, moved within it since or not, sorted."""
+        files = (path for path in self.folder.glob("*/*") if not any(map(is_hidden, path.parts[-2:])))
+        here = {path.relative_to(self.folder).as_posix(): path for path in files}
+        places = [here.pop(copy, None) for copy in self.rows]
+        moved = {path.name: path for path in here.values()}
+        for place, (copy, row) in zip(places, self.rows.items()):
+            place = place or moved.pop(Path(copy).name, None)
+            if place and "face" in row:  # which records of earlier versions lack
+                rows = [[row["probabilities"].get(name, 0) for name in classes]] if row["face"] else []
+                boxes = [row["mouth"]] if row["face"] else []
+                yield Card(place, place.absolute(), rows, row.get("error", ""), boxes=boxes,
+                           folder=place.parent.name)
 
     def _place(self, photo, target):
         part = temporary(target)
@@ -825,25 +837,30 @@ def sort_photos(args, model):
         if args.sort.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{path}: lies in {args.sort}, where sorted photos go; name another folder")
     files = list({file.resolve(): file for file, _ in list_inputs(args.inputs, skip=args.sort)[0]}.values())
+    page = own_page(Path(f"{args.sort}.html"))  # beside the folder, in which later steps would count it
     counts, unreadable = Counter(), []
     with locked(args.sort / ".lock"):
         tray = Tray(args.sort, args.link)
         new = [file for file in files if not (file.is_file() and tray.has(file))]
-        results = predict_photos(new, model, args.crops, largest=True)
-        for result in tqdm(results, total=len(new), unit="photo", leave=False, disable=None):
-            [one] = as_json(result, model.classes)
-            if result.error in ("", NO_FACE):
-                label, p = verdict(result, model.classes, args.sure)
-                one["sorted"] = str(tray.add(result.source, label, p))
-                counts[label] += 1
-            else:
-                unreadable.append(result.source)
-            if args.json:
-                tqdm.write(json_line(one))
-            elif "sorted" not in one:
-                tqdm.write(photo_line(one))
+        try:
+            for result in predict_files(new, model, args.crops, largest=True):
+                [one] = as_json(result, model.classes)
+                if result.error in ("", NO_FACE):
+                    label, p = verdict(result, model.classes, args.sure)
+                    one["sorted"] = str(tray.add(result.source, one, label, p))
+                    counts[label] += 1
+                else:
+                    unreadable.append(result.source)
+                if args.json:
+                    tqdm.write(json_line(one))
+                elif "sorted" not in one:
+                    tqdm.write(photo_line(one))
+        finally:  # a page of what was done before Ctrl-C
+            cards = sorted(tray.cards(model.classes))
+            about = f"{args.sort}: {len(cards)} sorted photos"
+            write_page(page, cards, model.classes, about, {"order": "doubt"})
     if not args.json:
-        print_sorted(args, model, counts, len(files) - len(new), len(unreadable))
+        print_sorted(args, model, counts, len(files) - len(new), len(unreadable), page)
     if set(unreadable) & set(args.inputs):
         sys.exit(1)
 
@@ -857,7 +874,7 @@ def verdict(result, classes, sure):
     return classes[row.argmax()] if row.max() >= sure else unsure, float(row.max())
 
 
-def print_sorted(args, model, counts, before, unreadable):
+def print_sorted(args, model, counts, before, unreadable, page):
     """What went where, and what to do next."""
     if counts:
         rows = [[printable(name), counts[name]] for name in (*model.classes, *NO_CLASSES)]
@@ -867,7 +884,8 @@ def print_sorted(args, model, counts, before, unreadable):
     done += f", {unreadable} left out since they cannot be read" if unreadable else ""
     script = "split_train_val.py" if args.crops else "preprocess_lips.py"
     print(printable(done))
-    print("Names begin with the probability, so the doubtful come first: move what is wrong, or delete it.")
+    print(printable(f"Look at {page}, or into the folders, where names begin with the probability, so the "
+                    "doubtful come first: move what is wrong, or delete it."))
     print(printable(f"Then: {shlex.join(['python', script, str(args.sort)])}"
                     f" (what is left in {' and '.join(NO_CLASSES)} is in no class)"))
 
@@ -946,16 +964,9 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED, numbers=None
 
 
 def free_place(width, height, face, taken, size):
-    """The place for words around a face that covers least of what is taken, and how much it covers.
+    """The place (x, y) for words near a face (a box) that covers least, and how much it covers.
 
-    Parameters
-    ----------
-    width, height : int
-        Of the words.
-    face : (left, top, right, bottom)
-    taken : list of (left, top, right, bottom, weight)
-    size : (int, int)
-        Of the picture, within which the place is.
+    `taken` has (left, top, right, bottom, weight) of what is better not covered, `size` is the picture's.
     """
     left, top, right, bottom = face
     xs = (left + right - width) / 2, left, right - width
@@ -987,21 +998,6 @@ def draw_bars(picture, row, classes, rate):
     draw.text((10, 7 + len(classes) * step), text, "white", digits)
 
 
-def contradictions_sheet(against, side=150, columns=6):
-    """PIL image of the mouths that the model contradicts, each with its folder, label and probability."""
-    against = against[:MOST_SHOWN]
-    rows = -(-len(against) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * (side + 40)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (p, result, truth, guess) in enumerate(against):
-        x, y = i % columns * side, i // columns * (side + 40)
-        sheet.paste(Image.fromarray(result.faces[0].crop).resize((side - 4, side - 4)), (x + 2, y + 2))
-        for line, text in enumerate((f"filed as {truth}", f"looks {guess} {p:.0%}")):
-            font, text = load_font(text, 13)
-            draw.text((x + 4, y + side + 18 * line), text, "black" if line == 0 else "firebrick", font)
-    return sheet
-
-
 def save_jpeg(picture, path):
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=92)
@@ -1009,18 +1005,10 @@ def save_jpeg(picture, path):
 
 
 class Copies:
-    """The folder of --save: annotated copies of `files` (as `list_inputs` returns them), and a page of them.
-
-    Raises
-    ------
-    ValueError
-        There is an index.html of another origin.
-    """
+    """The folder of --save: annotated copies of `files` (as of `list_inputs`), and a page of them."""
 
     def __init__(self, folder, files):
-        self.folder, self.page = folder, folder / "index.html"
-        if self.page.is_file() and b"<title>Expressions</title>" not in self.page.read_bytes():
-            raise ValueError(f"{self.page}: is not of this program; --save another folder")
+        self.folder, self.page = folder, own_page(folder / "index.html")
         self.originals = {file.resolve().parent for file, _ in files}  # where nothing is written over
         self.used = {self._place(file) for file, _ in files}
 
@@ -1040,107 +1028,50 @@ class Copies:
                 return name
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Expressions</title>
-<style>
-:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }
-body { margin: 0 1rem 2rem }
-form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.5rem;
-  align-items: center; padding: .7rem 0; margin-bottom: 1rem; background: Canvas;
-  border-bottom: 1px solid #8886 }
-label { white-space: nowrap }
-select, input { font: inherit; max-width: 60vw; vertical-align: middle }
-input { width: min(16rem, 30vw) }
-a { color: inherit }
-main { display: grid; gap: 1.2rem 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(14rem, 100%), 1fr)) }
-figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto 20rem; overflow-wrap: anywhere }
-img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882 }
-p, ul { margin: .3rem 0; padding: 0; list-style: none; font-size: .85rem }
-li { display: flex; justify-content: space-between; margin: 1px 0; padding: 0 .4rem;
-  background: linear-gradient(to right, #e9a80080 var(--p), #8882 0) }
-li.top { font-weight: bold }
-</style>
-<form autocomplete="off">
-<label>show <select name="class">$options</select></label>
-<label>top probability at most
-<input name="most" type="range" min="0" max="100" value="100"> <output></output></label>
-<b></b>
-</form>
-<main>
-$cards
-</main>
-<script>
-const form = document.forms[0], cards = [...document.querySelectorAll("figure")]
-const faces = new Map(cards.map(card => [card, card.dataset.faces.split(" ").map(face => face.split(":"))]))
-function show() {
-  const want = form.class.value, most = +form.most.value
-  // what has no face has no probability: over 100
-  const fits = ([label, p]) => (!want || label == want) && (p <= most || p > 100 && (want || most == 100))
-  for (const card of cards) card.hidden = !faces.get(card).some(fits)
-  form.querySelector("output").value = most + " %"
-  form.querySelector("b").textContent = cards.filter(card => !card.hidden).length + " of " + cards.length
-}
-function read() {
-  const state = new URLSearchParams(location.hash.slice(1))
-  form.class.value = state.get("class") || ""
-  form.most.value = state.get("most") || 100
-  show()
-}
-form.oninput = () => { show(); history.replaceState(null, "", "#" + new URLSearchParams(new FormData(form))) }
-form.onsubmit = () => false
-onhashchange = read
-read()
-</script>
-""")
-
-
 class Card(NamedTuple):
-    """What became of one photo or video, for the page of --save."""
+    """What became of one photo or video, for the page."""
 
     source: Path
-    copy: Path | None  # the annotated copy, relative to the page
+    copy: Path | None  # the picture or video that is shown, absolute or relative to the page
     rows: list  # probabilities of the classes, a row a face; of a video the shares of its frames
     error: str  # empty, or why there is no face
     poster: Path | None = None  # of a video: a frame with a face, relative to the page
     strip: list = ()  # and from when until when (seconds) the largest face has which class; None: no face
     seconds: float = 0.0  # and how long it is
+    boxes: list = ()  # what to mark, a box (left, top, right, bottom) a face, in pixels of what is shown
+    folder: str | None = None  # in which class folder, or other, it lies
 
 
-def gallery(cards, classes):
-    """A page (str, HTML) that shows annotated copies beside it, to be filtered by class and by doubt."""
+def own_page(path):
+    """`path`, which a page may replace. Raises ValueError where there is one of another origin."""
+    if path.is_file() and b"<title>Expressions</title>" not in path.read_bytes():
+        raise ValueError(f"{path}: is not of this program; move it, or name another folder")
+    return path
 
-    def text(value):
-        return html.escape(str(value).encode("utf-8", "replace").decode())
 
-    figures, counts = [], Counter()
-    for source, copy, rows, error, *_ in cards:
-        kind = "no_face" if error == NO_FACE else "unreadable"
-        tops = [(int(np.argmax(row)), f"{100 * max(row):.1f}") for row in rows] or [(kind, 101)]
-        counts.update({label for label, _ in tops})
-        link = html.escape(quote(os.fsencode(copy.as_posix()))) if copy else ""
-        figure = '<figure data-faces="' + " ".join(f"{label}:{p}" for label, p in tops) + '">'
-        if link.endswith(".jpg"):
-            figure += f'<a href="{link}"><img src="{link}" loading="lazy" alt=""></a>'
-        figure += f'<p><a href="{link}">{text(source)}</a></p>' if link else f"<p>{text(source)}</p>"
-        figure += f"<p>{text(error)}</p>" if error else ""
-        for row, (top, _) in zip(rows, tops):
-            figure += "<ul>"
-            for i, (name, p) in enumerate(zip(classes, row)):
-                figure += f'<li class="{"top" * (i == top)}" style="--p:{p:.1%}">'
-                figure += f"<span>{text(name)}</span><span>{p:.1%}</span></li>"
-            figure += "</ul>"
-        figures.append(figure + "</figure>")
-    options = [("", "everything", len(cards))] + [(i, name, counts[i]) for i, name in enumerate(classes)]
-    for kind, name in (("no_face", "no face"), ("unreadable", "unreadable")):
-        options += [(kind, name, counts[kind])] if counts[kind] else []
-    return PAGE.substitute(
-        options="".join(f'<option value="{value}">{text(name)} ({n})</option>' for value, name, n in options),
-        cards="\n".join(figures),
-    )
+def write_page(path, cards, classes, about, start=None):
+    """Write a page to look through cards: data/page.html, filled with what its script reads.
+
+    `about` is its heading, `start` what it shows first, as "only": "wrong", and "order": "doubt" or "sure".
+    """
+
+    def link(file):
+        file = Path(os.path.abspath(path.parent / file))
+        with contextlib.suppress(ValueError):  # on another of Windows' drives
+            return quote(os.fsencode(Path(os.path.relpath(file, os.path.abspath(path.parent))).as_posix()))
+        return file.as_uri()
+
+    def entry(card):
+        row = card._asdict() | {"source": str(card.source), "rows": np.round(card.rows, 4).tolist(),
+                                "boxes": np.round(card.boxes).astype(int).tolist()}
+        row |= {key: link(row[key]) for key in ("copy", "poster") if row[key]}
+        return {key: value for key, value in row.items() if value}
+
+    data = {"classes": classes, "colours": PALETTE, "about": about, "start": start,
+            "windows": os.name == "nt", "cards": list(map(entry, cards))}
+    # no name ends the script that holds it: but for < all is ASCII and quoted
+    text = json.dumps(data, separators=(",", ":"), default=float).replace("<", "\\u003c")
+    write_file(path, TEMPLATE.read_text("utf-8").replace("DATA", text, 1).encode())
 
 
 # --- the command line
@@ -1254,7 +1185,7 @@ def print_inputs(args, model):
             cards[1].extend(print_videos(videos, model, args, copies))
         finally:  # a page of what was done before Ctrl-C
             if copies:
-                write_file(copies.page, gallery(sum(cards, []), model.classes).encode())
+                write_page(copies.page, sum(cards, []), model.classes, ", ".join(map(str, args.inputs)))
     if not args.json:
         print_summary(*cards, copies)
     failed = [card for card in sum(cards, []) if card.error not in ("", NO_FACE)]

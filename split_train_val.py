@@ -78,8 +78,8 @@ def list_crops(crops):
 
 
 def find_group(path, pattern):
-    """The match of `pattern` in a path, in which --sort's numbers before names do not count; or None."""
-    return pattern.search(re.sub(r"(^|/)[01]\.\d{3}(-\d+)?_", r"\1", path))
+    """The match of `pattern` in a path, in which what --sort puts before names does not count; or None."""
+    return pattern.search(re.sub(r"(^|/)[01]\.\d{3}(-[^/_]+)?_", r"\1", path))
 
 
 def group_of(path, pattern):

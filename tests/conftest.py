@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,30 @@ def mouths(tmp_path_factory, orl, cropper, none_left_out):
 
 
 @pytest.fixture
+def model(tmp_path):
+    """models/model.pt with untrained weights and a Chinese class name."""
+    import torch
+
+    from net import save_model, simpleconv3
+
+    torch.manual_seed(0)
+    net = simpleconv3(3)
+    net.classes = ("0none", "2smile", "\u5f20\u5634")
+    save_model(net, tmp_path / "models" / "model.pt")
+    return tmp_path / "models" / "model.pt"
+
+
+@pytest.fixture
+def two_faces(orl, tmp_path):
+    """two.png, a photo of two large faces."""
+    canvas = np.full((360, 620), 128, np.uint8)
+    for i, name in enumerate(("s05_1", "s01_1")):
+        canvas[40:264, 60 + 300 * i:244 + 300 * i] = np.asarray(Image.fromarray(orl[name]).resize((184, 224)))
+    Image.fromarray(canvas).save(tmp_path / "two.png")
+    return tmp_path / "two.png"
+
+
+@pytest.fixture
 def ctrl_c(monkeypatch):
     """Ctrl-C while an epoch is validated: ``with ctrl_c(4): train.main(...)``, which must end as promised."""
     import train
@@ -177,6 +203,11 @@ def inside(tmp_path, monkeypatch, capsys, no_workers):
         return SimpleNamespace(stdout=out, stderr=err + last)
 
     return run
+
+
+def page_data(path):
+    """What predict.py wrote into a page, as the page's script reads it."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.S)[1])
 
 
 def train_flags(data, place=None, *more):

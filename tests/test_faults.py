@@ -848,10 +848,6 @@ def test_names_of_classes_and_images_steer_no_terminal_in_training(mouths, tmp_p
     assert r"\x1b[2J.png: unreadable: " in error.value.code and error.value.code.isprintable()
 
 
-def test_names_that_cannot_be_encoded_have_a_place_on_pages():
-    from predict import Card, gallery
-
-    assert b"bad ?.jpg" in gallery([Card(Path("bad \udcff.jpg"), None, [], "unreadable")], ("a",)).encode()
 
 
 # --- kills

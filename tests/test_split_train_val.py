@@ -333,7 +333,8 @@ def test_what_other_programs_leave_among_the_crops_is_no_class_and_no_crop(tmp_p
     assert "folders below" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["Ann_Lee_0001.jpg", "0.973_Ann_Lee_0002.jpg", "1.000-12_Ann_Lee_0003.jpg"])
+@pytest.mark.parametrize("name", ["Ann_Lee_0001.jpg", "0.973_Ann_Lee_0002.jpg", "1.000-12_Ann_Lee_0003.jpg",
+                                  "0.654-\u5f20.\u5634-2_Ann_Lee_0004.jpg"])
 def test_probabilities_before_the_names_of_sorted_photos_divide_no_group(name):
     assert group_of(f"2smile/{name}", re.compile(r"([^/]+)_\d+\.")) == "Ann_Lee"
 

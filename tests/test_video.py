@@ -410,7 +410,7 @@ def test_a_video_that_cannot_be_written_costs_itself_only(inside, model, orl, tm
     assert "in/a.avi  named/a.mp4 cannot be written (File too large)" in out and "in/b.mp4  dark 100%" in out
     assert visible(tmp_path / "named") == {"b.jpg", "b.mp4", "index.html"}
     page = (tmp_path / "named" / "index.html").read_text()
-    assert "a.mp4 cannot be written" in page and 'href="a.mp4"' not in page and 'href="b.mp4"' in page
+    assert "named/a.mp4 cannot be written" in page and '"copy":"a.mp4"' not in page and '"copy":"b.mp4"' in page
 
 
 def test_what_a_killed_run_left_is_gone_after_the_next(predicted, blind, tmp_path, monkeypatch):
@@ -444,7 +444,7 @@ def test_the_page_gets_a_poster_and_what_the_largest_face_shows_when(
     import predict
 
     cards = []
-    monkeypatch.setattr(predict, "gallery", lambda given, classes: cards.extend(given) or "")
+    monkeypatch.setattr(predict, "write_page", lambda path, given, *_: cards.extend(given))
     write_clip(tmp_path / "clip.mp4", orl)
     cv2.imwrite(str(tmp_path / "clip.jpg"), np.zeros((99, 99), np.uint8))
     inside("predict.py", "clip.mp4", "clip.jpg", "--model", model, "--save", "named")
