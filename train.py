@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
@@ -152,6 +152,7 @@ RECIPES = {recipe: {setting.name: setting.values[i] for setting in SETTINGS}
 IMAGE_SIZE = 64  # side of the training images in memory; random crops are taken from them
 MANY_IMAGES = 2000  # from here on, processes of their own decode them
 RATIO = (3 / 4, 4 / 3)  # aspect ratio of the random crops
+WARM_UP = 0.25  # share of a one-cycle run in which the learning rate rises
 FEW_IMAGES = 20  # with fewer for validation some of all images are left out in turns, too
 FEW_STEPS = 2000  # as long as that takes no more batches: seconds
 CHECKPOINT = "checkpoint.pt"
@@ -428,6 +429,13 @@ def make_criterion(counts, balance, smoothing):
     return criterion
 
 
+def one_cycle(done):
+    """Share of the highest learning rate when `done` (0 to 1) of a run is over: up and down along cosines."""
+    if done < WARM_UP:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * done / WARM_UP)) / 2
+    return (1 + math.cos(math.pi * (min(done, 1) - WARM_UP) / (1 - WARM_UP))) / 2
+
+
 def make_average(net, decay, start=()):
     """Exponential moving average of a network's weights and statistics: AveragedModel.
 
@@ -519,8 +527,8 @@ class Learner:
         if settings.schedule == "step":
             self.scheduler = StepLR(self.optimizer, settings.step_size * steps, settings.gamma)
         else:
-            self.scheduler = OneCycleLR(self.optimizer, settings.lr, steps * settings.epochs, pct_start=0.25,
-                                        final_div_factor=1e9, cycle_momentum=False)
+            total = steps * settings.epochs  # for OneCycleLR at least five
+            self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step / total))
         self.start = halfway(self.net, old, settings.mix)
         averaged = settings.average or settings.weights and settings.mix < 1
         self.average = make_average(self.net, settings.average, self.start) if averaged else None

@@ -220,6 +220,7 @@ def test_a_resumed_run_goes_on_in_the_same_folder_without_a_gap_or_a_double(mout
 NAMES = ("a\u2028b", "笑\u202e", "x" * 60)
 
 
+@pytest.mark.sheets
 def test_names_of_classes_cannot_break_tags_tables_or_pictures(mouths, tmp_path):
     for part in ("train", "val"):
         for name in NAMES:
@@ -235,6 +236,7 @@ def test_names_of_classes_cannot_break_tags_tables_or_pictures(mouths, tmp_path)
     assert Image.open(io.BytesIO(sheet.encoded_image_string)).width == 1300
 
 
+@pytest.mark.sheets
 def test_the_sheet_shows_the_surest_mistakes_first_and_any_number_of_classes():
     images = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
     history = [{"epoch": i, "train_loss": 1, "train_acc": 0.5, "val_loss": 1, "val_acc": 0.5} for i in (1, 2)]
