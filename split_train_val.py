@@ -13,9 +13,11 @@ replaces just that and touches no other file.
 import argparse
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
+import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,9 +51,12 @@ from preprocess_lips import (
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
 # Correlations of two mouths; tests/bench/README.md says what copies and different photos reach
-ALIKE = 0.88  # at a glance: those of copies, and one pair in 600 of others
+GLANCE = 0.88  # roughly aligned, in few directions: those of copies, and one pair in 500 of others
+ALIKE = 0.95  # aligned to a pixel: one pair in 20,000 of others
 ALIGNABLE = 0.92  # before they are laid over each other with care
+MOST = 32  # tries without success, then the rest of the less alike is left
 SAME_MOUTH = 0.985  # after that: they are of one photo
+SIDES = 26, 29, 32, 35, 38  # widths in pixels to which mouths are scaled to look alike
 LIPS = 14, 40, 14, 50  # first and last row and column of the lips in 64 x 64 pixels
 
 
@@ -94,54 +99,108 @@ def group_of(path, pattern):
 
 
 def miniature(path):
-    """An image in grey, uint8 array of 64 x 64; None for what is no readable image."""
+    """An image in grey, uint8 array of 64 x 64; 0 for what is no readable image."""
     try:
         with Image.open(path) as image:
             if image.format in ("EPS", "WMF"):  # programs, which Pillow has Ghostscript or Windows run
-                return None
+                return 0
             image.draft("L", (64, 64))
             return np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX))
     except Exception:  # decoders raise almost anything; train.py names the file
-        return None
+        return 0
 
 
-def similar_pairs(images):
-    """Yield pairs of images whose mouths look alike at a glance, shifted and scaled by a tenth at most.
+def progress(doing, total):
+    """A progress bar over crops; where there is no terminal for it, one line if they are many."""
+    if total >= 2000 and not sys.stderr.isatty():
+        print(f"{doing} {total:,} crops ...", file=sys.stderr, flush=True)
+    return tqdm(total=total, desc=doing, unit="crop", leave=False, disable=None)
+
+
+def windows(images, side, reach):
+    """The mouths of miniatures made `side` pixels wide, from all places up to `reach` pixels off the middle.
 
     Parameters
     ----------
     images : uint8 array of shape (N, 64, 64)
 
-    Yields
-    ------
-    list of [int, int]
-        Indices, the smaller first: the pairs of 256 images with all after them.
+    Returns
+    -------
+    float32 array of shape (N, (2 * reach + 1)**2, 320)
+        16 rows and 20 columns each.
     """
-    small = {side: np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-                             for image in images]) for side in (22, 24, 26)}
+    small = np.empty((len(images), side, side), np.uint8)
+    for image, smaller in zip(images, small):
+        cv2.resize(image, (side, side), smaller, interpolation=cv2.INTER_AREA)
+    top, left = round(0.42 * side) - 8 - reach, side // 2 - 10 - reach
+    some = sliding_window_view(np.float32(small), (16, 20), (1, 2))
+    return some[:, top:, left:][:, :2 * reach + 1, :2 * reach + 1].reshape(len(images), -1, 16 * 20)
 
-    def patches(some, side, reach):
-        """12 rows and 15 columns around the mouth, in all places up to `reach` pixels off."""
-        windows = sliding_window_view(small[side][some].astype(np.float32), (12, 15), (1, 2))
-        top, left = round(0.42 * side) - 6, round(0.5 * side - 7.5)
-        windows = windows[:, top - reach:top + reach + 1, left - reach:left + reach + 1]
-        windows = windows.reshape(len(windows), -1, 12 * 15)
-        return windows - windows.mean(2, keepdims=True)
 
-    def directions(vectors):
-        return vectors / (np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-6)
+def discriminants(images):
+    """In which directions mouths differ most, compared with what a small shift or scaling changes.
 
-    middle = patches(slice(None), 24, 0)[:, 0]
-    basis = np.linalg.eigh(middle.T @ middle)[1][:, -40:]  # in which they differ most: no fine details
-    middle = directions(middle @ basis)
-    for start in tqdm(range(0, len(images), 256), "comparing", leave=False, unit="block", disable=None):
-        block = slice(start, start + 256)
-        shifted = directions(np.concatenate([patches(block, side, 2) for side in small], 1) @ basis)
-        best = np.full((len(shifted), len(images) - start), -1, np.float32)
-        for one in shifted.swapaxes(0, 1):
-            np.maximum(best, one @ middle[start:].T, out=best)
-        pairs = np.argwhere(best >= ALIKE)
-        yield (pairs[pairs[:, 0] < pairs[:, 1]] + start).tolist()
+    Fisher 1936, "The use of multiple measurements in taxonomic problems".
+
+    Parameters
+    ----------
+    images : uint8 array of shape (N, 64, 64)
+
+    Returns
+    -------
+    float32 array of shape (320, 40)
+        The best first, to project `windows` on; brightness drops out.
+    """
+    some = images[::len(images) // 2000 + 1]
+    mouths = windows(some, 32, 0)
+    moved = np.concatenate([windows(some, 32, 1), windows(some, 31, 0), windows(some, 33, 0)], 1) - mouths
+    contrast = mouths.std(2, keepdims=True) + 1e-6
+    mouths, moved = (((x - x.mean(2, keepdims=True)) / contrast).reshape(-1, 320) for x in (mouths, moved))
+    within = moved.T @ moved
+    within += np.eye(320) * (within.trace() / 3200 + 1e-3)  # noise, and what else copies differ by
+    root = np.linalg.inv(np.linalg.cholesky(within))
+    best = root.T @ np.linalg.eigh(root @ (mouths.T @ mouths) @ root.T)[1][:, :-41:-1]
+    return np.float32(best - best.mean(0))
+
+
+def directions(vectors):
+    return vectors / (np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-6)
+
+
+def alike(images, basis, others):
+    """Which mouths look alike at a glance, shifted by a tenth and scaled by a fifth at most.
+
+    Parameters
+    ----------
+    images : uint8 array of shape (N, 64, 64)
+    basis : as `discriminants` returns it
+    others : float32 array of shape (M, 40)
+        Of other images the mouths in their middles, projected on `basis`.
+
+    Returns
+    -------
+    list of int array
+        For each image the indices of the others that are like it, the nearest first.
+    """
+    if not len(images):
+        return []
+    places = np.stack([windows(images, side, 3) @ basis for side in SIDES], 1)
+    # first 15 of the 245 places and 24 of the 40 directions, then all of them for what is left
+    few = places.reshape(len(images), len(SIDES), 7, 7, 40)[:, 1:4, (3, 1, 5, 3, 3), (3, 3, 3, 1, 5), :24]
+    few = directions(few.reshape(-1, 24))
+    places, near = directions(places.reshape(len(images), 245, 40)), []
+    for start in range(0, len(others), 1024):  # their products fit a processor's cache
+        best = few @ directions(others[start:start + 1024, :24]).T
+        best = best.reshape(len(images), 15, -1).max(1)
+        near.append(np.argwhere(best >= GLANCE) + (0, start))
+    near = np.concatenate(near)
+    near, others = near[near[:, 0].argsort(kind="stable")], directions(others)
+    ends = np.searchsorted(near[:, 0], np.arange(1, len(images)))
+    found = []
+    for place, likely in zip(places, np.split(near[:, 1], ends)):
+        look = (place @ others[likely].T).max(0, initial=-1)
+        found.append(likely[(-look).argsort(kind="stable")[:np.count_nonzero(look >= ALIKE)]])
+    return found
 
 
 def templates(image):
@@ -195,31 +254,43 @@ def find_copies(crops):
     -------
     list of (first file of a group, another file of it)
     """
+    files, paths = list(crops), list(crops.values())
+    images, taken = np.zeros((len(files), 64, 64), np.uint8), np.zeros(len(files), bool)
+    blocks = [range(start, min(start + 128, len(files))) for start in range(0, len(files), 128)]
+
+    def read(block):
+        for i in block:
+            images[i] = miniature(paths[i])
+
     with ThreadPoolExecutor(cores()) as pool:
-        images = dict(zip(crops, pool.map(miniature, crops.values())))
-        images = {file: image for file, image in images.items() if image is not None and np.ptp(image)}
-        if len(images) < 2:
-            return []
-        files, looks = list(images), list(images.values())
+        with progress("reading", len(files)) as bar:
+            for block, _ in zip(blocks, pool.map(read, blocks)):
+                bar.update(len(block))
 
         # an image is compared with many; those of a hundred thousand would take half a GB
-        lips = functools.lru_cache(20_000)(lambda i: templates(looks[i]))
+        lips = functools.lru_cache(20_000)(lambda i: templates(images[i]))
 
-        def one_moment(pair):
-            return any(agreement(looks[i], lips(i), looks[j]) >= SAME_MOUTH for i, j in (pair, pair[::-1]))
+        def one_moment(i, j):
+            return any(agreement(images[a], lips(a), images[b]) >= SAME_MOUTH for a, b in ((i, j), (j, i)))
 
-        near = defaultdict(list)
-        for likely in similar_pairs(np.stack(looks)):
-            for (first, second), same in zip(likely, pool.map(one_moment, likely)):
-                if same:
-                    near[files[first]].append(files[second])
-    pairs, taken = [], set()
-    for file in files:
-        if file not in taken:
-            others = [other for other in near[file] if other not in taken]
-            taken.update(others)
-            pairs += [(file, other) for other in others]
-    return pairs
+        basis = discriminants(images)
+        mouths = np.concatenate([windows(images[block], 32, 0)[:, 0] @ basis for block in blocks])
+        pairs = []
+        with progress("comparing", len(files)) as bar:
+            for block in blocks:
+                rest = np.flatnonzero(~taken[block[0]:]) + block[0]
+                firsts = rest[rest <= block[-1]]
+                for i, near in zip(firsts, alike(images[firsts], basis, mouths[rest])):
+                    near = [] if taken[i] else [j for j in rest[near] if j > i and not taken[j]]
+                    # where a video's frames all look alike, most are far from the same
+                    for some in (near[at:at + MOST] for at in range(0, len(near), MOST)):
+                        same = list(pool.map(functools.partial(one_moment, i), some))
+                        pairs += [(files[i], files[j]) for j in itertools.compress(some, same)]
+                        taken[some] |= same
+                        if not any(same):
+                            break
+                bar.update(len(block))
+    return sorted(pairs)
 
 
 class Groups(NamedTuple):
@@ -440,8 +511,10 @@ def split(crops, data, seed=0, group=None, link=False):
     # the record comes first and names the old and the new files: killed at any point, a rerun knows its own
     write_csv(data / RECORD, COLUMNS, rows + [row for row in old if key_of(row) not in wanted])
     remove(data, made - wanted, wanted)
-    for row in tqdm(rows, unit="crop", leave=False, disable=None):
-        place_crop(files[row["class"], row["file"]], data.joinpath(*key_of(row)), link)
+    with progress("placing", len(rows)) as bar:
+        for row in rows:
+            place_crop(files[row["class"], row["file"]], data.joinpath(*key_of(row)), link)
+            bar.update()
     for part, label, _ in made - wanted:
         folder = data / part / label
         if folder.is_dir() and not any(folder.iterdir()):
