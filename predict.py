@@ -83,6 +83,7 @@ PIPE = "pipes are not read; write it to a file, and name that"
 UNPACK, ARCHIVES = "an archive; unpack it, and name the folder", ".zip .tar .gz .tgz .7z .rar".split()
 VIDEOS = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 NO_VIDEO = "not a video that can be decoded"
+NO_VIDEOS = ("image2", "_pipe", "bin", "idf", "adf", "tty")  # FFmpeg's names for photos, and text
 ANSWER = 20  # seconds in which an address must answer
 TICK = Fraction(1, 30_000)  # seconds, the unit of the frames' times in copies
 X264 = {"preset": "veryfast", "crf": "20", "flags": "+frame_duration"}
@@ -363,7 +364,7 @@ class Video:
             why = {av.error.InvalidDataError: NO_VIDEO, av.error.ExitError: f"no answer in {ANSWER} s"}
             raise OSError(why.get(type(error), error.strerror)) from None
         picture, heard = file.streams.best("video"), file.streams.best("audio")
-        if not picture or not picture.codec_context or file.format.name.endswith(("image2", "_pipe")):
+        if not picture or not picture.codec_context or file.format.name.endswith(NO_VIDEOS):
             raise OSError("photos are not fetched: download it, and name the file" if far else NO_VIDEO)
         picture.thread_type = "AUTO"
         self.sound, self.rate = heard if heard and heard.codec_context else None, picture.average_rate or 25
@@ -1148,12 +1149,13 @@ def list_inputs(inputs, videos=False, skip=None):
     photos, films = [], []
     for path in inputs:
         if not isinstance(path, Path):  # named without what may be secret
-            name = re.sub(r"[^\w.-]+", "_", re.sub(r".*://(.*@)?|\?.*", "", str(path)))
+            name = re.sub(r"[^\w-]+", "_", re.sub(r".*://(.*@)?|\?.*", "", str(path)))
             films.append((path, Path(name)))
             continue
         named, kinds = not path.is_dir(), {"photo": [], "video": [], "other file": []}
         left_out = skip.resolve() if skip and path.resolve() in skip.resolve().parents else None
-        for file in [path] if named else sorted(path.rglob("*")):
+        files = [path] if named else sorted(path.rglob("*"))
+        for file in tqdm(files, unit="file", leave=False, disable=None, delay=1):
             below = Path(file.name) if named else file.relative_to(path)
             if not named and (any(map(is_hidden, below.parts)) or not file.is_file()
                               or left_out and left_out in file.resolve().parents):

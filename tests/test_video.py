@@ -525,7 +525,7 @@ def test_addresses_of_videos_are_read_and_those_of_photos_refused(inside, model,
     assert f"{served}/face.jpg  unreadable: photos are not fetched: download it, and name the file" in out
     assert f"{served}/none.mp4  unreadable: Server returned 404 Not Found" in out
     assert len(visible(tmp_path / "named")) == 2
-    [copy] = (tmp_path / "named").glob("127.0.0.1_*_clip.mp4")
+    [copy] = (tmp_path / "named").glob("127_0_0_1_*_clip_mkv.mp4")
     nobody = "http://127.0.0.1:9/x.mp4"
     out = inside("predict.py", nobody, "--model", model, check=1).stdout
     assert f"{nobody}  unreadable: Connection refused" in out
@@ -541,7 +541,7 @@ def test_cameras_and_streams_need_no_screen(inside, model, orl, served, tmp_path
     assert f"{served}/clip.avi  0:00.00  face 1  dark" in done.stdout and "no screen" in done.stderr
     done = inside("predict.py", *flags, "--json", "--save", "named")
     assert len([json.loads(line) for line in done.stdout.splitlines()]) == HOLD and not done.stderr
-    [copy] = (tmp_path / "named").glob("*clip.mp4")
+    [copy] = (tmp_path / "named").glob("*_clip_avi.mp4")
     assert len(frames_of(copy)[0]) == HOLD
 
 
@@ -558,7 +558,7 @@ def test_ctrl_c_ends_a_stream_and_keeps_its_copy(inside, model, orl, served, tmp
     write_clip(tmp_path / "clip.avi", orl, "MJPG", parts=PARTS[:1])
     monkeypatch.setattr(predict, "annotate", annotate)
     out = inside("predict.py", f"{served}/clip.avi", "--model", model, "--save", "named").stdout
-    [copy] = (tmp_path / "named").glob("*clip.mp4")
+    [copy] = (tmp_path / "named").glob("*_clip_avi.mp4")
     assert "dark 100%" in out and len(frames_of(copy)[0]) == 4
     # of a file, which can be read again, there is no half copy
     done.clear()
