@@ -414,7 +414,7 @@ def animation(path):
             white = Image.new("RGBA", each.size, "white")
             frame = np.asarray(Image.alpha_composite(white, each.convert("RGBA")).convert("RGB"))
             lasts = each.info.get("duration", 0) / 1000  # which WebP has only now
-            lasts = lasts if lasts > 0.01 else 0.1  # as browsers show it
+            lasts = lasts if lasts > 0.01 else 0.1  # as browsers do
             yield now, frame, lasts
             now += lasts
 
@@ -518,11 +518,10 @@ class Changes:
 def print_video(video, relative, model, args, copies, window=None):
     """Predict an open video, print it, and save a copy and a poster if asked; return its `Card`."""
     labels, turns, changes, n, end, cut = Counter(), [], Changes(video.source), 0, 0.0, False
-    name = copies.name(relative, ".mp4") if copies else None
-    copy = poster = None
-    with contextlib.ExitStack() as stack:
-        hide = True if window else None
-        bar = stack.enter_context(tqdm(total=video.frames or None, unit="frame", leave=False, disable=hide))
+    name, poster = (copies.name(relative, ".mp4") if copies else None), None
+    copy = first = None
+    bar = tqdm(total=video.frames or None, unit="frame", leave=False, disable=True if window else None)
+    with bar, contextlib.ExitStack() as stack:
         try:
             for moment in predict_video(video, model):
                 faces, rows = moment.faces, moment.probabilities
@@ -541,7 +540,7 @@ def print_video(video, relative, model, args, copies, window=None):
                         copy = VideoCopy(copies.folder / name, video, picture.size)
                         stack.enter_context(contextlib.closing(copy))
                     copy.add(picture, moment.time)
-                    poster = poster or (picture if faces else None)
+                    first = first or (picture if faces else None)
                 bar.update()
                 if window and not window.show(moment, model.classes):
                     break
@@ -553,8 +552,9 @@ def print_video(video, relative, model, args, copies, window=None):
                 raise
         if copy:
             copy.add(None, end)
-    if poster:
-        save_jpeg(poster, copies.folder / (poster := copies.name(relative, ".jpg")))
+    if first:
+        poster = copies.name(relative, ".jpg")
+        save_jpeg(first, copies.folder / poster)
     if cut:
         text = f"{video.source}  cut short or damaged: {n} of {video.frames} frames can be decoded"
         print(printable(text), file=sys.stderr if args.json else sys.stdout)
