@@ -120,13 +120,14 @@ def add_sound(video, target, codec, late=0.0):
 
 
 def heard(path):
-    """The samples of a video's sound: float array."""
+    """The samples of a video's sound (float array), and by how many seconds it begins after the picture."""
     av = pytest.importorskip("av")
     with av.open(str(path)) as file:
-        resampler = av.AudioResampler("flt", "mono", 48_000)
-        return np.concatenate([
-            some.to_ndarray()[0] for frame in file.decode(audio=0) for some in resampler.resample(frame)
-        ])
+        late = -next(file.decode(video=0)).time
+    with av.open(str(path)) as file:
+        resampler, frames = av.AudioResampler("flt", "mono", 48_000), list(file.decode(audio=0))
+        samples = [some.to_ndarray()[0] for frame in frames for some in resampler.resample(frame)]
+        return np.concatenate(samples), late + frames[0].time
 
 
 def length_of(path):
@@ -311,17 +312,20 @@ def test_a_last_frame_lasts_until_the_end(predicted, blind, tmp_path):
 
 
 def test_copies_have_the_sound(predicted, blind, tmp_path):
-    for name, codec in (("copied.mp4", "aac"), ("anew.mkv", "flac")):
-        add_sound(write_frames(tmp_path / "mute.mp4", np.arange(50) / 25), tmp_path / name, codec, late=0.2)
-    predicted("copied.mp4", "anew.mkv", "--save", "named")
-    for name, exact in (("copied.mp4", True), ("anew.mkv", False)):
-        copy = tmp_path / "named" / name.replace("mkv", "mp4")
+    files = {"copied.mp4": "aac", "anew.mkv": "flac", "begins.ts": "aac"}  # the last one at 1.4 seconds
+    write_frames(tmp_path / "mute.mp4", np.arange(50) / 25)
+    for name, codec in files.items():
+        add_sound(tmp_path / "mute.mp4", tmp_path / name, codec, late=0.2)
+    predicted(*files, "--save", "named")
+    for name in files:
+        copy = tmp_path / "named" / f"{name.split('.')[0]}.mp4"
         assert length_of(copy) == pytest.approx(length_of(tmp_path / name), abs=0.04)
-        before, after = heard(tmp_path / name), heard(copy)
-        assert np.array_equal(before, after) if exact else abs(len(before) / len(after) - 1) < 0.02
-        # the sound begins 0.2 s after the picture, here as there
-        loud = [np.flatnonzero(np.abs(sound) > 0.1)[0] / 48_000 for sound in (before, after)]
-        assert loud[1] == pytest.approx(loud[0], abs=0.03)
+        (before, late), (after, late_too) = heard(tmp_path / name), heard(copy)
+        same = name == "copied.mp4"
+        assert np.array_equal(before, after) if same else abs(len(before) / len(after) - 1) < 0.02
+        # the tone begins as long after the picture as there
+        tone, tone_too = (np.flatnonzero(np.abs(sound) > 0.1)[0] / 48_000 for sound in (before, after))
+        assert late_too + tone_too == pytest.approx(late + tone, abs=0.03)
 
 
 def test_sizes_that_are_odd_and_pixels_that_are_no_squares(predicted, blind, tmp_path):
@@ -353,6 +357,9 @@ def test_browsers_play_copies(predicted, orl, tmp_path):
     assert titles[0].startswith("0,0,")  # of MPEG-4 part 2, which OpenCV writes, there is but the sound
     assert titles[1].startswith("320,240,true,")
     assert float(titles[1].split(",")[3]) == pytest.approx(3, abs=1 / RATE)
+    with pytest.importorskip("av").open(str(tmp_path / "named" / "clip.mp4")) as file:
+        frame = next(file.decode(video=0))  # says how its colours are meant, which browsers would guess
+        assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (1, 1, 1, 1)
 
 
 def test_only_what_ends_far_before_its_end_is_called_cut_short(predicted, blind, tmp_path):
