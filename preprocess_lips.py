@@ -46,6 +46,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection
 from pathlib import Path
@@ -343,47 +344,89 @@ class Found(NamedTuple):
     cut: bool  # whether the file lacks its end, and the photo at most `MAX_LOST` of its pixels
 
 
-NEVER = float("inf")
-HOG_SCORE = -0.3  # of a face that a cascade found
+# Detectors keep state while they search, so each thread has its own.
+
+
+@functools.cache
+def cascade_detector(name, thread):
+    """OpenCV's cascade of that name."""
+    # read by Python: given a path that is not ASCII, OpenCV on Windows would load nothing and say nothing
+    text = Path(cv2.data.haarcascades, f"haarcascade_frontalface_{name}.xml").read_text("utf-8")
+    storage = cv2.FileStorage(text, cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
+    cascade = cv2.CascadeClassifier()
+    cascade.read(storage.getFirstTopLevelNode())
+    return cascade
+
+
+@functools.cache
+def hog_detector(thread=None):
+    """dlib's HOG detector; without a thread the one to copy: another takes half a second, a copy 3 ms."""
+    return copy.deepcopy(hog_detector()) if thread else dlib.get_frontal_face_detector()
+
+
+def by_cascade(image, search):
+    """Boxes (left, top, right, bottom) in a grey image, and for each how many windows agree on it."""
+    low, high = (round(share * search.side) for share in search.faces)
+    windows = cascade_detector(search.name, threading.get_ident()).detectMultiScale(
+        image, search.step, 0, minSize=(low, low), maxSize=(high, high))
+    # every window twice, because a group of one is never kept
+    boxes, votes = cv2.groupRectangles(np.repeat(windows, 2, 0).tolist(), 2 * search.votes - 1)
+    return [(x, y, x + w, y + h) for x, y, w, h in boxes], np.ravel(votes) / 2
+
+
+def by_hog(image, search):
+    """As `by_cascade`, but dlib's scores, which are above 0."""
+    boxes, scores, _ = hog_detector(threading.get_ident()).run(image)
+    return [as_cascade(box) for box in boxes], scores
+
+
+def as_cascade(box):
+    """A box of dlib's HOG detector, which lies lower and is smaller, as a cascade would draw it."""
+    side = box.width() / 0.867  # medians over photos
+    left, top = box.center().x - side / 2, box.center().y - 0.575 * side
+    return left, top, left + side, top + side
 
 
 class Search(NamedTuple):
     """One step of the chain by which faces are found. Lengths are shares of the image's longer side."""
 
-    name: str  # of the cascade, or "hog"
+    name: str  # in the manifest; of a cascade, its file's
+    detect: Callable  # called with the grey image, border and all, and this search: boxes, votes
     side: int  # pixels to which the longer side is scaled; this and the smallest face set the time it takes
     border: float  # replicated border, without which tight faces are not found
-    step: float  # between two sizes of face
-    votes: int  # least number of windows that agree
-    sure: float  # with as many, no second look is needed
-    faces: tuple  # smallest and largest face
-    fallback: bool  # only where no face was found before
-    score: float = HOG_SCORE  # what dlib's detector must give a face in the second look; it calls 0 a face
+    sure: float  # with as many votes, landmarks that look like a face's are believed
+    faces: tuple = ()  # smallest and largest face
+    step: float = 0  # between two sizes of face
+    votes: int = 0  # least number of windows that agree
+    fallback: bool = False  # only where no face was found before
+    score: float | None = None  # what dlib's detector, which is sure from 0 on, must give in a second look
     turns: tuple = (0,)  # degrees by which the photo is turned, counter-clockwise
 
 
+NEVER = float("inf")
 LEAST_SHARE = 0.4  # no search is begun whose largest faces are smaller than this share of the largest found
 # Large faces first: most photos are done there, in 3 ms. tests/bench/README.md says what each step brings.
 SEARCHES = (
-    # name, side, border, step, votes, sure, faces, fallback
-    Search("alt2", 48, 0.22, 1.12, 2, 5, (0.5, 1.5), False),
-    Search("default", 96, 0.4, 1.05, 2, NEVER, (0.35, 1.6), True),
-    Search("alt2", 160, 0.15, 1.15, 3, NEVER, (0.15, 0.55), False),
-    Search("alt2", 250, 0, 1.14, 1, NEVER, (0.08, 0.18), False, score=0),
-    Search("alt2", 72, 0.4, 1.1, 2, NEVER, (0.4, 1.6), True, turns=(-25, 25)),
-    Search("hog", 240, 0.3, 0, 0, NEVER, (), True),
-    Search("alt2", 500, 0, 1.14, 1, NEVER, (0.04, 0.08), False, score=0),
-    Search("alt2", 1000, 0, 1.18, 1, NEVER, (0.02, 0.04), False, score=0),
-    Search("hog", 240, 0.3, 0, 0, NEVER, (), True, turns=(90, 270, 180)),
-    Search("hog", 480, 0.1, 0, 0, NEVER, (), True, turns=(90, 270, 180)),
-    Search("alt2", 2000, 0, 1.18, 1, NEVER, (0.01, 0.02), False, score=0),
+    # name, detect, side, border, sure, faces, step, votes
+    Search("alt2", by_cascade, 48, 0.22, 5, (0.5, 1.5), 1.12, 2),
+    Search("default", by_cascade, 96, 0.4, NEVER, (0.35, 1.6), 1.05, 2, fallback=True, score=-0.9),
+    Search("alt2", by_cascade, 160, 0.15, NEVER, (0.15, 0.55), 1.15, 3, score=-0.3),
+    Search("alt2", by_cascade, 250, 0, NEVER, (0.08, 0.18), 1.1, 1, score=-0.3),
+    Search("alt2", by_cascade, 72, 0.4, NEVER, (0.4, 1.6), 1.1, 3, True, -0.3, turns=(-25, 25)),
+    Search("hog", by_hog, 240, 0.3, NEVER, fallback=True, score=-0.3),
+    Search("alt2", by_cascade, 500, 0, NEVER, (0.04, 0.08), 1.1, 1, score=-0.3),
+    Search("alt2", by_cascade, 1000, 0, NEVER, (0.02, 0.04), 1.18, 1, score=-0.3),
+    Search("hog", by_hog, 240, 0.3, NEVER, fallback=True, score=-0.3, turns=(90, 270, 180)),
+    Search("hog", by_hog, 480, 0.1, NEVER, fallback=True, score=-0.3, turns=(90, 270, 180)),
+    Search("alt2", by_cascade, 2000, 0, NEVER, (0.01, 0.02), 1.18, 1, score=-0.3),
 )
 
-
-@functools.cache
-def hog_detector():
-    """dlib's HOG detector, to be copied: another one takes half a second, a copy 3 ms."""
-    return dlib.get_frontal_face_detector()
+# Landmarks from a single box may lie on the nose, where a chin is cut off or light comes from one side. In
+# doubt they are looked for from two more, and two fits must agree. How the edges of these boxes (left, top,
+# right, bottom) lie beside those of a cascade's, as shares of its side:
+FITS = ((-0.02, 0.08, 0.02, 0.12), (-0.05, 0.025, 0.05, 0.125))
+SAME_FIT = 0.12  # root mean square between two fits' landmarks, over the distance of the eyes
+NEAR_NOSE = 0.35  # lips nearer to the nose's base, on average, over the distance of the eyes, may be it
 
 
 class LipCropper:
@@ -402,7 +445,6 @@ class LipCropper:
 
     def __init__(self):
         cv2.setNumThreads(1)  # the caller's workers use the cores; OpenCV's own threads fight them
-        self._local = threading.local()
         path = landmark_file()
         try:
             self._predictor = dlib.shape_predictor(str(path))
@@ -466,17 +508,16 @@ class LipCropper:
             scale = max(grey.shape) / max(size)
             for turn in search.turns:
                 image, back = _turned(grey, turn)
-                for box, sure in self._search(image, search):
-                    landmarks = self._landmarks(image, box, None if sure else search.score)
-                    if landmarks is None:
-                        refused += 1
-                        continue
-                    box, landmarks = _in_photo(box, landmarks, back, scale)
-                    mouth = mouth_box(landmarks)
-                    if not is_inside(size, mouth):
-                        refused += 1
-                        continue
+                for where, sure in self._search(image, search):
+                    box = _box_in_photo(where, back, scale)
                     if any(_overlap(box, other.box) >= 0.3 for other in faces):
+                        continue
+                    landmarks = self._landmarks(image, where, sure, None if sure else search.score)
+                    if landmarks is not None:
+                        landmarks = (landmarks @ back[:, :2].T + back[:, 2]) / scale
+                        mouth = mouth_box(landmarks)
+                    if landmarks is None or not is_inside(size, mouth):
+                        refused += 1
                         continue
                     enough = (mouth[2] - mouth[0]) * share >= CROP_SIDE
                     pixels = photo if enough else whole()
@@ -540,49 +581,26 @@ class LipCropper:
         side = 3.25 * np.sqrt(((landmarks - centre) ** 2).sum(1).mean())
         left, top = centre - (side / 2, 0.617 * side)
         box = (left, top, left + side, top + side)
-        landmarks = self._landmarks(grey, box, HOG_SCORE, FACE_SIDE // 3)
+        landmarks = self._landmarks(grey, box, True, -0.3, FACE_SIDE // 3)
         if landmarks is None:
             return None
-        box, landmarks = _in_photo(box, landmarks, back, 1)
+        box, landmarks = _box_in_photo(box, back, 1), landmarks @ back[:, :2].T + back[:, 2]
         mouth = mouth_box(landmarks)
         if not is_inside(photo.shape[1::-1], mouth):
             return None
         return Face(box, landmarks, mouth, _upright(cut(photo, mouth, CROP_SIDE), turn), "followed")
 
-    def _detector(self, name):
-        """This thread's cascade of that name, or dlib's HOG detector: both keep state while they search."""
-        detectors = self._local.__dict__
-        if name not in detectors:
-            detectors[name] = copy.deepcopy(hog_detector()) if name == "hog" else self._cascade(name)
-        return detectors[name]
-
     @staticmethod
-    def _cascade(name):
-        # read by Python: given a path that is not ASCII, OpenCV on Windows would load nothing and say nothing
-        text = Path(cv2.data.haarcascades, f"haarcascade_frontalface_{name}.xml").read_text("utf-8")
-        storage = cv2.FileStorage(text, cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
-        cascade = cv2.CascadeClassifier()
-        cascade.read(storage.getFirstTopLevelNode())
-        return cascade
-
-    def _search(self, grey, search):
+    def _search(grey, search):
         """Boxes (left, top, right, bottom) of one search, largest first, each with whether it is sure."""
         scale = search.side / max(grey.shape)
         pad = round(search.border * search.side)
         small = cv2.copyMakeBorder(_scaled(grey, scale), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-        if search.name == "hog":
-            found = [((b.left(), b.top(), b.right(), b.bottom()), False)
-                     for b in self._detector("hog")(small)]
-        else:
-            low, high = (round(share * search.side) for share in search.faces)
-            boxes, votes = self._detector(search.name).detectMultiScale2(
-                small, search.step, search.votes, minSize=(low, low), maxSize=(high, high))
-            found = [((x, y, x + w, y + h), n >= search.sure)
-                     for (x, y, w, h), n in zip(boxes, np.ravel(votes))]
-        found.sort(key=lambda one: one[0][0] - one[0][2])
-        return [(tuple((float(v) - pad) / scale for v in box), sure) for box, sure in found]
+        boxes, votes = search.detect(small, search)
+        found = sorted(zip(boxes, votes), key=lambda one: one[0][0] - one[0][2])
+        return [(tuple((float(v) - pad) / scale for v in box), n >= search.sure) for box, n in found]
 
-    def _landmarks(self, grey, box, score, edge=0):
+    def _landmarks(self, grey, box, sure, score=None, edge=FACE_SIDE // 6):
         """68 landmarks in pixels of `grey`, or None where box or landmarks make no face.
 
         With a `score` the box gets a second look, without the outer `edge` pixels of a patch twice as wide.
@@ -591,29 +609,41 @@ class LipCropper:
         side = max(2, round(2 * (box[2] - box[0])))
         left, top = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
         patch = cut(grey, (left, top, left + side, top + side), 2 * FACE_SIDE)
-        half = FACE_SIDE // 2
-        face = dlib.rectangle(half, half, half + FACE_SIDE, half + FACE_SIDE)
+        face = np.array([1, 1, 3, 3]) * (FACE_SIDE / 2)
+        first, fits = face, []
         if score is not None:
-            inner = np.ascontiguousarray(patch[edge:len(patch) - edge, edge:len(patch) - edge])
-            face = self._second_look(inner, score)
-            if face is None:
+            box, score = self._second_look(patch, score, edge)
+            if box is None:
                 return None
-            face = dlib.translate_rect(face, dlib.point(edge, edge))
-        shape = self._predictor(patch, face)
-        points = np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
+            first = box.left(), box.top(), box.right(), box.bottom()
+            face, sure = np.array(as_cascade(box)), sure or score >= 0
+        for box in (first, *(face + np.multiply(moves, face[2] - face[0]) for moves in FITS)):
+            shape = self._predictor(patch, dlib.rectangle(*(round(float(v)) for v in box)))
+            points = np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
+            eyes = np.hypot(*(points[42:48] - points[36:42]).mean(0))
+            if sure and not fits and np.hypot(*(points[48:68] - points[33]).T).mean() > NEAR_NOSE * eyes:
+                break
+            same = [fit for fit in fits if np.sqrt(((fit - points) ** 2).sum(1).mean()) < SAME_FIT * eyes]
+            if same:
+                points = same[-1]
+                break
+            fits.append(points)
+        else:
+            return None
         if not plausible(points / FACE_SIDE - 0.5):
             return None
         return points * (side / (2 * FACE_SIDE)) + (left, top)
 
-    def _second_look(self, patch, score):
-        """The face in the middle of a patch as other eyes see it: a box of dlib's HOG detector, or None."""
-        boxes, _, _ = self._detector("hog").run(patch, 0, score)
-        for box in boxes:  # the best first
-            if (abs(box.center().x - len(patch) / 2) < FACE_SIDE / 3
-                    and abs(box.center().y - len(patch) / 2) < FACE_SIDE / 3
+    @staticmethod
+    def _second_look(patch, least, edge):
+        """The face in the middle of a patch as dlib's HOG detector sees it: box and score, or twice None."""
+        inner = np.ascontiguousarray(patch[edge:len(patch) - edge, edge:len(patch) - edge])
+        for box, score, _ in zip(*hog_detector(threading.get_ident()).run(inner, 0, least)):  # the best first
+            if (abs(box.center().x - len(inner) / 2) < FACE_SIDE / 3
+                    and abs(box.center().y - len(inner) / 2) < FACE_SIDE / 3
                     and FACE_SIDE / 2 < box.width() < FACE_SIDE * 1.5):
-                return box
-        return None
+                return dlib.translate_rect(box, dlib.point(edge, edge)), score
+        return None, None
 
 
 def plausible(landmarks):
@@ -649,12 +679,11 @@ def _turned(image, degrees):
     return turned, cv2.invertAffineTransform(there)
 
 
-def _in_photo(box, landmarks, back, scale):
-    """Box and landmarks of a turned and scaled image in pixels of the photo, the box upright."""
+def _box_in_photo(box, back, scale):
+    """A box of a turned and scaled image in pixels of the photo, upright."""
     centre = back @ ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 1)
     half = ((box[2] - box[0]) / 2, (box[3] - box[1]) / 2)
-    box = tuple(round(float(v) / scale) for v in (*(centre - half), *(centre + half)))
-    return box, (landmarks @ back[:, :2].T + back[:, 2]) / scale
+    return tuple(round(float(v) / scale) for v in (*(centre - half), *(centre + half)))
 
 
 def _upright(crop, turn):

@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import io
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import unicodedata
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -22,6 +24,7 @@ import preprocess_lips
 from preprocess_lips import (
     COLUMNS,
     MIN_FACE,
+    Search,
     cut,
     locked,
     main,
@@ -376,6 +379,45 @@ def test_most_tight_photos_of_other_people_are_found(cropper):
     files = sorted((SHARED / "photos").glob("*/*.jpg"))[::15]
     found = sum(bool(cropper(read_photo(file), largest=True)) for file in files)
     assert found >= 0.98 * len(files)
+
+
+@shared("small_faces")
+def test_mouths_are_not_noses_in_small_faces_cut_at_the_chin(cropper):
+    with open(SHARED / "small_faces" / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found, off = Counter(), 0
+    rows = [*filter(lambda row: row["today"] != "right", rows),
+            *[row for row in rows if row["today"] == "right"][::4]]
+    for row in rows:
+        for face in cropper.find(SHARED / "small_faces" / row["photo"], largest=True).faces:
+            found[row["today"]] += 1
+            off += not 0.68 < (face.mouth[1] + face.mouth[3]) / 128 < 0.98
+    assert off <= 4 and found["right"] == 60 and found["none"] >= 42 and found["wrong"] >= 32
+
+
+def test_another_detector_is_a_function_and_a_line_and_needs_no_second_look(orl, cropper, monkeypatch):
+    photo = np.repeat(orl["s05_1"][..., None], 3, 2)
+    (face,) = cropper(photo, largest=True)
+    monkeypatch.setattr(preprocess_lips, "hog_detector", None)  # it is not asked
+    mine = Search("mine", lambda image, search: ([np.array(face.box) * len(image) / 112], [0.9]), 96, 0, 0.5)
+    monkeypatch.setattr(preprocess_lips, "SEARCHES", (mine,))
+    (again,) = cropper(photo)
+    assert again.detector == "mine" and np.abs(np.subtract(again.mouth, face.mouth)).max() < 8
+
+
+def test_small_heads_on_bodies_are_found(orl, cropper):
+    """A row of 13: heads pressed into ovals over plain bodies, faces of about 60 pixels."""
+    canvas = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (900, 1600), np.uint8), (0, 0), 9)
+    oval = cv2.ellipse(np.zeros((104, 84)), (42, 52), (36, 46), 0, 0, 360, 1, -1)
+    oval = cv2.GaussianBlur(oval, (0, 0), 2)
+    for i, name in enumerate(sorted(orl)[1:391:30]):
+        x = 20 + 120 * i
+        canvas[400 + 94:800, max(0, x - 16):x + 100] = 40 + 15 * i
+        place = canvas[400:504, x:x + 84]
+        place[:] = oval * cv2.resize(orl[name], (84, 104)) + (1 - oval) * place
+    faces = cropper(np.repeat(canvas[..., None], 3, 2))
+    columns = {(face.mouth[0] + face.mouth[2]) // 2 // 120 for face in faces}
+    assert len(columns) >= 12 and all(450 < (face.mouth[1] + face.mouth[3]) / 2 < 504 for face in faces)
 
 
 # --- the script
