@@ -409,13 +409,13 @@ LEAST_SHARE = 0.4  # no search is begun whose largest faces are smaller than thi
 SEARCHES = (
     # name, detect, side, border, sure, faces, step, votes
     Search("alt2", by_cascade, 48, 0.22, 5, (0.5, 1.5), 1.12, 2),
-    Search("default", by_cascade, 96, 0.4, NEVER, (0.35, 1.6), 1.05, 2, fallback=True, score=-0.9),
-    Search("alt2", by_cascade, 160, 0.15, NEVER, (0.15, 0.55), 1.15, 3, score=-0.3),
-    Search("alt2", by_cascade, 250, 0, NEVER, (0.08, 0.18), 1.1, 1, score=-0.3),
+    Search("default", by_cascade, 96, 0.4, NEVER, (0.35, 1.6), 1.05, 2, fallback=True, score=-1),
+    Search("alt2", by_cascade, 160, 0.15, NEVER, (0.15, 0.55), 1.15, 3, score=-0.7),
+    Search("alt2", by_cascade, 250, 0, NEVER, (0.08, 0.18), 1.1, 1, score=-0.7),
     Search("alt2", by_cascade, 72, 0.4, NEVER, (0.4, 1.6), 1.1, 3, True, -0.3, turns=(-25, 25)),
     Search("hog", by_hog, 240, 0.3, NEVER, fallback=True, score=-0.3),
-    Search("alt2", by_cascade, 500, 0, NEVER, (0.04, 0.08), 1.1, 1, score=-0.3),
-    Search("alt2", by_cascade, 1000, 0, NEVER, (0.02, 0.04), 1.18, 1, score=-0.3),
+    Search("alt2", by_cascade, 500, 0, NEVER, (0.04, 0.08), 1.1, 1, score=-0.7),
+    Search("alt2", by_cascade, 1000, 0, NEVER, (0.02, 0.04), 1.18, 1, score=-0.5),
     Search("hog", by_hog, 240, 0.3, NEVER, fallback=True, score=-0.3, turns=(90, 270, 180)),
     Search("hog", by_hog, 480, 0.1, NEVER, fallback=True, score=-0.3, turns=(90, 270, 180)),
     Search("alt2", by_cascade, 2000, 0, NEVER, (0.01, 0.02), 1.18, 1, score=-0.3),

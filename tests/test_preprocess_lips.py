@@ -392,7 +392,7 @@ def test_mouths_are_not_noses_in_small_faces_cut_at_the_chin(cropper):
         for face in cropper.find(SHARED / "small_faces" / row["photo"], largest=True).faces:
             found[row["today"]] += 1
             off += not 0.68 < (face.mouth[1] + face.mouth[3]) / 128 < 0.98
-    assert off <= 4 and found["right"] == 60 and found["none"] >= 42 and found["wrong"] >= 32
+    assert off <= 4 and found["right"] == 60 and found["none"] >= 44 and found["wrong"] >= 33
 
 
 def test_another_detector_is_a_function_and_a_line_and_needs_no_second_look(orl, cropper, monkeypatch):
