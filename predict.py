@@ -232,7 +232,7 @@ def predict_files(files, model, crops, largest=False):
 
 
 def print_photos(files, model, args, copies):
-    """Predict photos (pairs of `list_inputs`), print lines, save copies if asked; yields a Card for each."""
+    """Predict photos (pairs of `list_inputs`), print lines, save copies if asked; yield a Card for each."""
     for result, (file, relative) in zip(predict_files([file for file, _ in files], model, args.crops), files):
         for one in as_json(result, model.classes):
             tqdm.write(json_line(one) if args.json else photo_line(one))
@@ -1232,11 +1232,11 @@ def parse_args(argv):
              "with --evaluate one for all")
     add("--save", type=Path, metavar="DIR",
         help="write annotated copies of photos and videos and a page of them, index.html, there; "
-             "with --evaluate a picture of the mouths that the model contradicts")
+             "with --evaluate a page of its photos, evaluation.html")
 
     add = parser.add_argument_group("sorting").add_argument
     add("--sort", type=Path, metavar="DIR",
-        help="copy each photo to DIR/<class>/ by its largest face, or to DIR/unsure/ or DIR/no_face/")
+        help="copy photos by their largest face to DIR/<class>/, DIR/unsure/ or DIR/no_face/; page: DIR.html")
     add("--sure", type=float, default=SURE, metavar="P",
         help="least probability of a class, below which a photo is unsure (default: %(default)s)")
     add("--link", action="store_true", help="hard links instead of copies: no disk space, one file system")
