@@ -660,7 +660,7 @@ def test_the_live_window_shows_bars_and_ends(model, orl, tmp_path, screen, how):
         def shown():
             png = subprocess.run(["import", "-window", "root", "png:-"], env=env, capture_output=True).stdout
             seen = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[:240, :320].astype(int)
-            label = (seen[..., 2] > 180) & (seen[..., 1] > 180) & (seen[..., 0] < 110)
+            label = np.abs(seen - ImageColor.getrgb(predict.PALETTE[1])[::-1]).max(2) < 30
             bar = (np.abs(seen - (0, 120, 170)).max(2) < 60) & (np.arange(240) < 60)[:, None]
             return label.sum() > 300 and bar.sum() > 300
         assert _within(20, shown)
