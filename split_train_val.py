@@ -51,8 +51,8 @@ from preprocess_lips import (
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
 # Correlations of two mouths; tests/bench/README.md says what copies and different photos reach
-GLANCE = 0.88  # roughly aligned, in few directions: those of copies, and one pair in 500 of others
-ALIKE = 0.95  # aligned to a pixel: one pair in 20,000 of others
+GLANCE = 0.84  # roughly aligned, in few directions: those of copies, and a few pairs in 1,000 of others
+ALIKE = 0.935  # aligned to a pixel: one pair in 10,000 of others
 ALIGNABLE = 0.92  # before they are laid over each other with care
 MOST = 32  # tries without success, then the rest of the less alike is left
 SAME_MOUTH = 0.985  # after that: they are of one photo
@@ -261,6 +261,7 @@ def find_copies(crops):
     def read(block):
         for i in block:
             images[i] = miniature(paths[i])
+            taken[i] = not np.ptp(images[i])  # a crop of one colour is a copy of none
 
     with ThreadPoolExecutor(cores()) as pool:
         with progress("reading", len(files)) as bar:

@@ -12,7 +12,15 @@ from PIL import Image
 
 import preprocess_lips
 from preprocess_lips import COLUMNS, read_csv, write_csv
-from split_train_val import choose_val, group_of, main, table, val_count
+from split_train_val import (
+    choose_val,
+    find_copies,
+    group_of,
+    list_crops,
+    main,
+    table,
+    val_count,
+)
 
 
 @pytest.fixture
@@ -395,3 +403,55 @@ def test_tables_stay_in_line_below_names_whose_letters_are_wide():
         "a              2        1      1",
         "张嘴           2        1      1",
         "total          6        3      3"]
+
+
+def moved(image, dx=0, dy=0, scale=1.0, turn=0.0):
+    """An image shifted by pixels, scaled, and turned by degrees, its border replicated."""
+    height, width = image.shape[:2]
+    warp = cv2.getRotationMatrix2D((width / 2, height / 2), turn, scale)
+    warp[:, 2] += dx, dy
+    return cv2.warpAffine(image, warp, (width, height), borderMode=cv2.BORDER_REPLICATE)
+
+
+def save_mouths(folder, images):
+    folder.mkdir(parents=True)
+    for name, image in images.items():
+        Image.fromarray(image).save(folder / name, quality=85)
+    return list_crops(folder.parent)
+
+
+@pytest.fixture
+def some_mouths(mouths):
+    """Mouths of different persons: list of uint8 arrays of shape (128, 128)."""
+    paths = sorted((mouths / "data").glob("*/*/*.png"))
+    return [cv2.resize(np.asarray(Image.open(path).convert("L")), (128, 128)) for path in paths]
+
+
+def test_copies_shifted_and_scaled_by_a_few_pixels_are_joined_to_the_first(tmp_path, some_mouths):
+    changes = [{}, dict(dx=5, dy=-4), dict(scale=1.08), dict(scale=0.93, dx=-4), dict(dy=6, turn=2)]
+    files = save_mouths(tmp_path / "crops" / "a", {
+        f"{i:02d}_{k}.jpg": moved(image, **change)
+        for i, image in enumerate(some_mouths[:6]) for k, change in enumerate(changes)})
+    assert {(first[1], other[1]) for first, other in find_copies(files)} >= {
+        (f"{i:02d}_0.jpg", f"{i:02d}_{k}.jpg") for i in range(6) for k in range(1, 5)}
+
+
+def test_copies_hundreds_of_crops_apart_are_found_and_a_group_has_one_first(tmp_path, some_mouths):
+    """More crops than are compared at once: frames alike lie between, nearly all of one group."""
+    between = {f"b{i:03d}.jpg": moved(some_mouths[0], dx=i % 5, dy=i // 5 % 5) for i in range(300)}
+    files = save_mouths(tmp_path / "crops" / "a", {
+        "a.jpg": some_mouths[1], "c.jpg": moved(some_mouths[1], dx=3, scale=1.05)} | between)
+    pairs = find_copies(files)
+    assert (("a", "a.jpg"), ("a", "c.jpg")) in pairs
+    assert len(pairs) > 290 and pairs == sorted(pairs)
+    assert len({other for _, other in pairs}) == len(pairs)
+    assert not {first for first, _ in pairs} & {other for _, other in pairs}
+
+
+def test_crops_of_one_colour_or_unreadable_are_copies_of_none(tmp_path, some_mouths):
+    grey = np.full((128, 128), 90, np.uint8)
+    files = save_mouths(tmp_path / "crops" / "a", {"a.jpg": grey, "b.jpg": grey, "c.jpg": some_mouths[0]})
+    (tmp_path / "crops" / "a" / "d.jpg").write_text("no image")
+    (tmp_path / "crops" / "a" / "e.jpg").write_text("no image")
+    assert len(list_crops(tmp_path / "crops")) == 5
+    assert find_copies(list_crops(tmp_path / "crops")) == [] and len(files) == 3

@@ -2,17 +2,21 @@
 
     python tests/bench/copies.py PHOTOS                PHOTOS holds class folders of photos
     python tests/bench/copies.py PHOTOS --crops CROPS  CROPS holds class folders of mouths, of other photos
+    python tests/bench/copies.py --crops CROPS --growth 15086 100000  seconds and memory by number and kind
 
 Every fifth photo is saved anew in many ways, and found and cropped as a photo of its own.
 """
 
 import argparse
 import io
+import itertools
+import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 from tqdm import tqdm
@@ -69,12 +73,58 @@ def save_crop(cropper, photo, path):
     return bool(faces)
 
 
+KINDS = {  # pixels of 128 by which mouths are bent, and degrees by which they are turned, at random
+    "different": (1.5, 4),  # the upper half of one mouth and the lower half of another
+    "ten of each": (0.3, 5),
+    "frames of one, still": (0.6, 2),
+    "frames of one, talking": (2, 2),
+}
+
+
+def grown(kind, i, mouths):
+    """The i-th mouth of a kind: uint8 array of shape (128, 128)."""
+    rng = np.random.default_rng((len(kind), i))
+    bend, turn = KINDS[kind]
+    image = mouths[i // 10 % len(mouths) if kind == "ten of each" else 0]
+    if kind == "different":
+        upper, lower = mouths[rng.integers(0, len(mouths), 2)]
+        image = np.where(np.arange(128)[:, None] < 64, upper, lower)
+    turned = cv2.getRotationMatrix2D((63.5, 63.5), rng.uniform(-turn, turn), rng.uniform(0.95, 1.05))
+    turned[:, 2] += rng.uniform(-3, 3, 2)
+    field = cv2.resize(rng.normal(0, bend, (5, 5, 2)), (128, 128), interpolation=cv2.INTER_CUBIC)
+    places = np.mgrid[:128, :128][::-1].transpose(1, 2, 0) @ turned[:, :2].T + turned[:, 2] + field
+    image = cv2.remap(image, np.float32(places), None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    image = (image - 128.0) * rng.uniform(0.75, 1.25) + 128 + rng.uniform(-25, 25)
+    return np.uint8(np.clip(image + rng.normal(0, 1, image.shape), 0, 255))
+
+
+def growth(crops, counts):
+    """Print the seconds and the memory that finding copies among so many crops of each kind takes."""
+    mouths = np.stack([cv2.resize(np.asarray(Image.open(path).convert("L")), (128, 128))
+                       for path in tqdm(list_crops(crops).values(), "mouths")])
+    for n, kind in itertools.product(counts, KINDS):
+        with tempfile.TemporaryDirectory() as folder:
+            files = {("a", f"{i:06}.jpg"): Path(folder, f"{i:06}.jpg") for i in range(n)}
+            for i, path in enumerate(tqdm(files.values(), kind)):
+                Image.fromarray(grown(kind, i, mouths)).save(path, quality=85)
+            start, cpu = time.perf_counter(), time.process_time()
+            pairs = find_copies(files)
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(f"{n} mouths, {kind:22}: {seconds:.1f} s, {cpu:.1f} s of CPU time, {memory} MB at most, "
+              f"{len(pairs)} joined to {len({first for first, _ in pairs})}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path)
+    parser.add_argument("photos", nargs="?", type=Path)
     parser.add_argument("--crops", type=Path)
+    parser.add_argument("--growth", nargs="+", type=int, metavar="N")
     args = parser.parse_args()
+    if args.growth:
+        growth(args.crops, args.growth)
+        return
     cropper = LipCropper()
     sources = [args.photos / source for source, _ in list_photos(args.photos)][::5]
     with tempfile.TemporaryDirectory() as folder:
