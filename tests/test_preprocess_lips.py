@@ -406,18 +406,17 @@ def test_another_detector_is_a_function_and_a_line_and_needs_no_second_look(orl,
 
 
 def test_small_heads_on_bodies_are_found(orl, cropper):
-    """A row of 13: heads pressed into ovals over plain bodies, faces of about 60 pixels."""
-    canvas = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (900, 1600), np.uint8), (0, 0), 9)
-    oval = cv2.ellipse(np.zeros((104, 84)), (42, 52), (36, 46), 0, 0, 360, 1, -1)
-    oval = cv2.GaussianBlur(oval, (0, 0), 2)
+    """A row of 13: heads pressed into ovals over plain bodies, faces of about 45 pixels."""
+    canvas = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (900, 1288), np.uint8), (0, 0), 9)
+    oval = cv2.GaussianBlur(cv2.ellipse(np.zeros((74, 60)), (30, 37), (26, 33), 0, 0, 360, 1, -1), (0, 0), 2)
     for i, name in enumerate(sorted(orl)[1:391:30]):
-        x = 20 + 120 * i
-        canvas[400 + 94:800, max(0, x - 16):x + 100] = 40 + 15 * i
-        place = canvas[400:504, x:x + 84]
-        place[:] = oval * cv2.resize(orl[name], (84, 104)) + (1 - oval) * place
+        x = 20 + 96 * i
+        canvas[467:800, x - 12:x + 72] = 40 + 15 * i
+        place = canvas[400:474, x:x + 60]
+        place[:] = oval * cv2.resize(orl[name], (60, 74)) + (1 - oval) * place
     faces = cropper(np.repeat(canvas[..., None], 3, 2))
-    columns = {(face.mouth[0] + face.mouth[2]) // 2 // 120 for face in faces}
-    assert len(columns) >= 12 and all(450 < (face.mouth[1] + face.mouth[3]) / 2 < 504 for face in faces)
+    columns = {((face.mouth[0] + face.mouth[2]) // 2 - 20) // 96 for face in faces}
+    assert len(columns) >= 12 and all(437 < (face.mouth[1] + face.mouth[3]) / 2 < 474 for face in faces)
 
 
 # --- the script
