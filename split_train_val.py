@@ -51,7 +51,7 @@ from preprocess_lips import (
 COLUMNS = ("part", "class", "file", "group", "draw")
 RECORD = "split.csv"
 # Correlations of two mouths; tests/bench/README.md says what copies and different photos reach
-GLANCE = 0.84  # roughly aligned, in few directions: those of copies, and a few pairs in 1,000 of others
+GLANCE = 0.84  # roughly aligned, in few directions: those of copies, and nine pairs in 1,000 of others
 ALIKE = 0.935  # aligned to a pixel: one pair in 10,000 of others
 ALIGNABLE = 0.92  # before they are laid over each other with care
 MOST = 32  # tries without success, then the rest of the less alike is left
