@@ -48,7 +48,7 @@ from preprocess_lips import (
     writing,
 )
 
-COLUMNS = ("part", "class", "file", "group", "draw")
+COLUMNS = ("part", "class", "file", "group", "draw", "source")
 RECORD = "split.csv"
 # Correlations of two mouths; tests/bench/README.md says what copies and different photos reach
 GLANCE = 0.84  # roughly aligned, in few directions: those of copies, and nine pairs in 1,000 of others
@@ -429,7 +429,7 @@ def place_crop(source, target, link):
 
 def read_record(data):
     """The rows of the record of an earlier split whose files lie in ``data/train`` or ``data/val``."""
-    rows = read_csv(data / RECORD, COLUMNS, "restore it, or remove it with train and val")
+    rows = read_csv(data / RECORD, COLUMNS[:5], "restore it, or remove it with train and val")
     return [row for row in rows
             if row["part"] in ("train", "val") and is_name(row["class"]) and is_name(row["file"])]
 
@@ -500,7 +500,7 @@ def split(crops, data, seed=0, group=None, link=False):
     sides = {(row["class"], row["file"]): row["part"] for row in old if row["draw"] == draw}
     val = choose_val(members, seed, {names[file]: part for file, part in sides.items() if file in names})
     rows = [{"part": "val" if names[file] in val else "train", "class": file[0], "file": file[1],
-             "group": names[file], "draw": draw} for file in files]
+             "group": names[file], "draw": draw, "source": groups.sources[file]} for file in files]
 
     made = set(map(key_of, old))
     foreign = {path for _, label, name in map(key_of, rows) for part in ("train", "val")

@@ -88,6 +88,7 @@ from preprocess_lips import (
     is_hidden,
     label_font,
     locked,
+    read_csv,
     read_photo,
     sweep,
     write_file,
@@ -1213,6 +1214,13 @@ def report(args, run, few, spent):
         print(f"trained on four fifths of all {n} images in turns, it names {right:.1%} of the rest rightly, "
               f"give or take {2 * math.sqrt(likely * (1 - likely) / (n + 4)):.0%}; balanced over the classes "
               f"{balanced(few):.1%}; to say {printable(run.classes[name])} always is right on {most / n:.1%}")
+    with contextlib.suppress(OSError, ValueError):  # there is none, or one of another split
+        sources = [row["source"] for row in read_csv(args.data / "split.csv") if row["part"] == "train"]
+        # not of unsure/, whose names say the likeliest class as well: somebody decided on these
+        named = sum(bool(re.search(r"(^|/)[01]\.\d{3}(-\d+)?_[^/]*$", source)) for source in sources)
+        if 2 * named > len(sources):
+            print(f"{named:,} of {len(sources):,} training photos have names that --sort gave: unless you looked "
+                  "through them, this says how far the model agrees with the weights that sorted them")
     print(f"weights in {args.models / 'model.pt'}, the rest in {args.models / 'model.json'}, "
           f"a picture of it in {args.models / 'model.png'}")
     print(f"curves: {shlex.join(['tensorboard', '--logdir', str(args.logs)])}")

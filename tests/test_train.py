@@ -729,6 +729,19 @@ def test_a_last_epoch_that_is_far_worse_than_the_best_is_pointed_out(run, monkey
     assert "epoch 1 did far better than the last one, which is kept" in out and "--keep best" in out
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+def test_photos_as_sort_left_them_are_no_test_of_the_model(run, mouths, tmp_path, capsys, corrected):
+    shutil.copytree(mouths / "data", tmp_path / "data")
+    lines = ["part,class,file,group,draw,source"]
+    for i in range(32):
+        name = "0.981-dark_x" if corrected and i < 20 else "0.981_x"
+        lines.append(f"train,bright,{i}.jpg,{i},seed=0,bright/{name}{i}.jpg")
+    (tmp_path / "data" / "split.csv").write_text("\n".join(lines) + "\n", "utf-8")
+    run("--data", tmp_path / "data", "--epochs", 1)
+    said = "32 of 32 training photos have names that --sort gave" in capsys.readouterr().out
+    assert said != corrected
+
+
 def test_the_line_for_the_curves_can_be_pasted(run, tmp_path, capsys):
     run("--epochs", 1, "--logs", "logs [1]")
     assert "\ncurves: tensorboard --logdir 'logs [1]'\n" in capsys.readouterr().out
