@@ -437,17 +437,16 @@ def one_cycle(done):
     return (1 + math.cos(math.pi * (min(done, 1) - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-def make_average(net, decay, start=()):
+def make_average(net, decay, start=(), mix=1.0):
     """Exponential moving average of a network's weights and statistics: AveragedModel.
 
     The n-th update keeps min(decay, n / (n + 10)) of it: a young average forgets faster. With a `start`, see
-    `halfway`, each update takes a share of the network and the rest of the start, so that the average is
-    always on the way between the two.
+    `keep_start`, the share `mix` of the network and the rest of the start are averaged.
     """
     def update(averages, values, _):
         n = int(average.n_averaged)  # on the CPU, unlike the one that is handed over
         if averages[0].is_floating_point():
-            values = [tensor.lerp(value, share) for value, (tensor, share) in zip(values, start)] or values
+            values = torch._foreach_lerp(start, values, mix) if start else values
             torch._foreach_lerp_(averages, values, 1 - min(decay, n / (n + 10)))
         else:  # the number of batches that batch norm has seen
             torch._foreach_copy_(averages, values)
@@ -457,21 +456,17 @@ def make_average(net, decay, start=()):
     return average
 
 
-def halfway(net, old, mix):
-    """What keeps a network halfway to an old one whose place it takes: list of pairs (tensor, share).
+def keep_start(net, old, mix):
+    """A copy of the weights and statistics that a network got from an old one: list of float tensors.
 
-    Otherwise photos of a few people, or another idea of what a class means, cost most of what the old one
-    knows of others. After Wortsman et al. 2022, "Robust fine-tuning of zero-shot models". New classes are
-    learnt whole; so is all where some of the old ones are gone, since the task is another one then.
+    Halfway back to them, it knows more of what the old one knew: after photos of a few people, or another
+    idea of what a class means, much of that would be lost. After Wortsman et al. 2022, "Robust fine-tuning of
+    zero-shot models". Empty where a class of the old one is gone, since that is another task.
     """
     if not old or mix == 1 or set(old.classes) - set(net.classes):
         return []
-    new = torch.tensor([name not in old.classes for name in net.classes])
-    tensors = dict(itertools.chain(net.named_parameters(), net.named_buffers()))
-    last = last_layer(net)[0]
-    shares = {f"{last}.weight": torch.where(new, 1, mix)[:, None], f"{last}.bias": torch.where(new, 1, mix)}
-    return [(tensor.detach().clone(), shares.get(key, torch.tensor(mix)).to(tensor))
-            for key, tensor in tensors.items() if tensor.is_floating_point()]
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    return [tensor.detach().clone() for tensor in tensors if tensor.is_floating_point()]
 
 
 def make_net(name, classes, old=None):
@@ -530,9 +525,10 @@ class Learner:
         else:
             total = steps * settings.epochs  # for OneCycleLR at least five
             self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step / total))
-        self.start = halfway(self.net, old, settings.mix)
+        self.start = keep_start(self.net, old, settings.mix)
         averaged = settings.average or settings.weights and settings.mix < 1
-        self.average = make_average(self.net, settings.average, self.start) if averaged else None
+        self.average = make_average(
+            self.net, settings.average, self.start, settings.mix) if averaged else None
         self.criterion = make_criterion(counts.to(device), settings.balance, settings.smoothing)
         self.judged = self.average.module if self.average else self.net
 
@@ -831,7 +827,7 @@ class Run:
         learner.net.load_state_dict(state["model"])
         if learner.average:
             learner.average.load_state_dict(state["average"])
-        learner.start[:] = [tuple(tensor.to(learner.device) for tensor in pair) for pair in state["start"]]
+        learner.start[:] = [tensor.to(learner.device) for tensor in state["start"]]
         # neither the groups' settings nor the scheduler come from the checkpoint: flags may have changed them
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
@@ -1219,8 +1215,8 @@ def report(args, run, few, spent):
         # not of unsure/, whose names say the likeliest class as well: somebody decided on these
         named = sum(bool(re.search(r"(^|/)[01]\.\d{3}(-\d+)?_[^/]*$", source)) for source in sources)
         if 2 * named > len(sources):
-            print(f"{named:,} of {len(sources):,} training photos have names that --sort gave: unless you looked "
-                  "through them, this says how far the model agrees with the weights that sorted them")
+            print(f"{named:,} of {len(sources):,} training photos have names that --sort gave: unless you "
+                  "looked through them, this says how far the model agrees with the weights that sorted them")
     print(f"weights in {args.models / 'model.pt'}, the rest in {args.models / 'model.json'}, "
           f"a picture of it in {args.models / 'model.png'}")
     print(f"curves: {shlex.join(['tensorboard', '--logdir', str(args.logs)])}")
