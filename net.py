@@ -1,5 +1,7 @@
 """The networks, and what travels with them: class names, sizes, normalisation, loading, export.
 
+A network of your own is a class like `simpleconv3` and a line in `NETWORKS`: train.py --net NAME trains it.
+
 In other code:
 
     from net import load_model, predict
@@ -10,8 +12,6 @@ In other code:
 On the command line:
     python net.py models/model.pt                         layers, classes and scores
     python net.py models/model.pt --export model.onnx     for other languages and runtimes
-
-A network of your own is a class like `simpleconv3` and a line in `NETWORKS`: train.py --net NAME trains it.
 """
 
 import argparse
@@ -648,9 +648,9 @@ def layer_table(net):
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack the letters of a name
-    description, *_, examples = __doc__.split("\n\n")
+    title, own, *_, examples = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=f"{title}\n\n{own}", epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model", nargs="?", type=Path, help="weights to show; without: a new four-class network")
     parser.add_argument(

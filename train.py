@@ -119,8 +119,10 @@ def file_or_none(text):
 INF = math.inf
 # What --recipe sets; a flag of the same name overrides it. tests/bench/README.md says how they were found.
 SETTINGS = (
-    Setting("net", ("simpleconv3",) * 3, "network", str, more={"choices": NETWORKS, "metavar": "NAME"}),
-    Setting("weights", (None, None, PRETRAINED), "file to start from, or none", file_or_none),
+    Setting("net", ("simpleconv3",) * 3, f"one of {', '.join(NETWORKS)}", str,
+            more={"choices": NETWORKS, "metavar": "NAME"}),
+    Setting("weights", (None, None, PRETRAINED), "file to start from, or none", file_or_none,
+            more={"metavar": "FILE"}),
     Setting("epochs", (300, 100, 20), "passes over the training set", int, 1, INF),
     Setting("batch_size", (64, 64, 64), "over all processes", int, 1, INF),
     Setting("lr", (0.1, 0.1, 0.005), "highest learning rate", float, 1e-12, INF),
@@ -139,7 +141,7 @@ SETTINGS = (
     Setting("grey", (0.0, 0.3, 0.3), "share that loses its colour to a tint"),
     Setting("smoothing", (0.0, 0.02, 0.02), "of the labels"),
     Setting("average", (0.0, 0.99, 0.99), "decay of an average of the weights"),
-    Setting("mix", (1.0, 1.0, 0.5), "share of what is learnt in what --weights know already"),
+    Setting("mix", (1.0, 1.0, 0.5), "share of the new in what --weights know"),
     Setting("balance", (0.0, 0.5, 0.5), "how much more rare classes count", float, 0, 10),
     Setting("freeze_norm", (False, False, True), "keep batch norm's statistics", bool),
     Setting("keep", ("best", "last", "last"), "epoch that model.pt gets", str,
@@ -1094,13 +1096,13 @@ def shown(value):
     """A setting's value as --help shows it."""
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return {True: "yes", False: "no", None: "none"}.get(value, getattr(value, "stem", str(value)))
+    return {"True": "yes", "False": "no", "None": "none"}.get(str(value), getattr(value, "stem", str(value)))
 
 
 def parse_args(argv=None):
-    title, examples, more, change = __doc__.strip().split("\n\n")
+    title, examples, *_ = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(
-        usage="python train.py [options]", description=f"{title}\n{more}\n\n{change}",
+        usage="python train.py [options]", description=title,
         epilog=f"examples:\n{examples}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36))
     group = parser.add_argument_group(f"what --recipe sets, and a flag overrides ({' / '.join(RECIPES)})")
