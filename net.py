@@ -649,8 +649,8 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack the letters of a name
     title, own, *_, examples = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=f"{title}\n\n{own}", epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=f"{title}\n\n{own}", epilog=examples,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model", nargs="?", type=Path, help="weights to show; without: a new four-class network")
     parser.add_argument(
