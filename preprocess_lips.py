@@ -131,35 +131,20 @@ TURNS = {  # by EXIF orientation, what makes a photo upright
 
 
 def read_photo(source):
-    """Decode any image that Pillow knows to 8-bit RGB, upright.
+    """Decode a file (path-like), or its content (bytes), to RGB, upright: uint8 array of shape (H, W, 3).
 
     EXIF orientation is applied; of an animation, the first frame that is not of one colour is taken; grey,
     palette, CMYK, 16-bit and floating-point images are converted, and what is transparent becomes white.
-
-    Parameters
-    ----------
-    source : path-like or bytes
-        A file or its content.
-
-    Returns
-    -------
-    uint8 array of shape (H, W, 3)
-
-    Raises
-    ------
-    OSError
-        The file cannot be read, is no image, is damaged or cut short, or holds over `MAX_PIXELS`.
+    Raises OSError where it cannot be read, is no image that Pillow knows, is damaged or cut short, or holds
+    over `MAX_PIXELS`.
     """
     return _decode(source)[0]
 
 
 def read_file(path):
-    """The bytes of a regular file. Pipes and devices, which may never end, are not opened.
+    """The bytes of a regular file; pipes and devices, which may never end, are not opened.
 
-    Raises
-    ------
-    OSError
-        It cannot be read, is no regular file, or holds over `MAX_BYTES`.
+    Raises OSError where it cannot be read, is no regular file, or holds over `MAX_BYTES`.
     """
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
@@ -713,13 +698,7 @@ def settings():
 def mouth_box(landmarks):
     """The square around the landmarks `REGION`: their bounding square's side x `CROP_MARGIN`, same centre.
 
-    Parameters
-    ----------
-    landmarks : float array of shape (68, 2), (x, y) in pixels
-
-    Returns
-    -------
-    tuple of four ints (left, top, right, bottom)
+    Of 68 landmarks (x, y) in pixels it gives (left, top, right, bottom), four ints.
     """
     low, high = landmarks[REGION].min(0), landmarks[REGION].max(0)
     side = max(1, round(float((high - low).max()) * CROP_MARGIN))
@@ -736,16 +715,8 @@ def is_inside(size, mouth):
 def cut(image, box, size):
     """Cut a box out of an image and scale it; where the box leaves the image the border is replicated.
 
-    Parameters
-    ----------
-    image : uint8 array of shape (H, W) or (H, W, 3)
-    box : four ints (left, top, right, bottom), at least one pixel wide and high
-    size : int
-        Side of the square result in pixels.
-
-    Returns
-    -------
-    uint8 array of shape (size, size) or (size, size, 3)
+    The image is a uint8 array of shape (H, W) or (H, W, 3), the box four ints (left, top, right, bottom), at
+    least one pixel wide and high; the result is such an array of `size` x `size` pixels.
     """
     height, width = image.shape[:2]
     left, top, right, bottom = box
@@ -838,12 +809,9 @@ def folded(name):
 
 
 def check_classes(photos, sources, level):
-    """Refuse class folders that are hardly meant as such; `level` is None where nobody says what is meant.
+    """Raise ValueError where names of classes look alike, or folders in class folders look like the classes.
 
-    Raises
-    ------
-    ValueError
-        Names of classes look alike, or the folders within the class folders look like the classes.
+    The latter only where `level` is None: nobody has said what is meant.
     """
     alike, owners = defaultdict(set), defaultdict(set)
     for label in sources.values():
@@ -889,10 +857,8 @@ def identify(photos, source, label):
 def process_photo(cropper, photos, source, label):
     """Look at the photo ``photos/source`` of class `label` and decide its fate; that of copies `settle` does.
 
-    Returns
-    -------
-    (row, jpeg) : dict, bytes or None
-        The photo's row of the manifest, with `COLUMNS` as keys, and the crop of its largest face's mouth.
+    Returns its row of the manifest, a dict with `COLUMNS` as keys, and the crop of its largest face's mouth,
+    the bytes of a JPEG, or None.
     """
     row, data = identify(photos, source, label)
     if data is None:
@@ -974,21 +940,11 @@ class Worker:
 
 
 def process_photos(tasks, workers):
-    """Yield what `process_photo` returns for all tasks, in the order in which they finish.
+    """Yield what `process_photo` returns for all tasks, (photos, source, label), as they finish.
 
     A photo whose worker dies, or is ended after `MAX_SECONDS`, is tried once more, after all others; if that
-    happens again it is unreadable. The others cost nothing: a new worker takes them on.
-
-    Parameters
-    ----------
-    tasks : list of (photos, source, label)
-    workers : int
-        Number of processes.
-
-    Raises
-    ------
-    ChildProcessError
-        Workers die without a photo.
+    happens again it is unreadable. The others cost nothing: a new one of the `workers` processes takes them
+    on. Raises ChildProcessError where workers die without a photo.
     """
     waiting, tried = deque(tasks), set()
     crew = [Worker() for _ in range(min(workers, len(tasks)))]
@@ -1031,10 +987,10 @@ def process_photos(tasks, workers):
 
 
 def run_parallel(tasks, crops, workers, places):
-    """Look at photos, write their crops, and yield their rows, some at a time, once the disk holds the crops.
+    """As `process_photos`, but write the crops, and yield rows alone, some at a time, once the disk has them.
 
-    Parameters and errors are those of `process_photos`, and OSError where a crop cannot be written. A crop
-    that `find_crops` has found in another class, where somebody moved it, stays there.
+    A crop that `find_crops` has found in another class, where somebody moved it, stays there. Raises OSError
+    where one cannot be written.
     """
     def save(row, jpeg):
         if jpeg:
@@ -1085,12 +1041,8 @@ def write_file(path, data, last=True):
     """Write bytes under a temporary name beside `path`, flush them to the disk and rename.
 
     Whoever reads `path`, at any moment and after any crash, finds the old content or the new one, whole.
-    Where it is not the `last` file for its folder, the caller flushes the new names, all at once.
-
-    Raises
-    ------
-    OSError
-        It cannot be written. The message names the file.
+    Where it is not the `last` file for its folder, the caller flushes the new names, all at once. Raises
+    OSError, which names the file, where it cannot be written.
     """
     path = Path(path)
     part = temporary(path)
@@ -1125,10 +1077,7 @@ def sync_folder(folder):
 def locked(path):
     """Hold the lock file `path` for this process alone, until it ends, however it ends.
 
-    Raises
-    ------
-    BlockingIOError
-        Another process holds it.
+    Raises BlockingIOError where another one holds it.
     """
     lock = FileLock(path, blocking=False)
     with writing(path):
@@ -1153,20 +1102,8 @@ def read_csv(path, needed=(), remedy="restore it, or remove it and run the same 
     """The rows of a CSV file as dicts, in which what is missing is empty; none where there is no file.
 
     Spreadsheets may have saved it: with a byte order mark, in UTF-16, with semicolons or tabs, with other
-    ends of lines.
-
-    Parameters
-    ----------
-    path : Path
-    needed : sequence of str
-        Columns that it must have.
-    remedy : str
-        What to do if it is not read.
-
-    Raises
-    ------
-    ValueError
-        It is no CSV file, a column is missing, or a spreadsheet has saved it in letters that nobody can tell.
+    ends of lines. Raises ValueError, with the `remedy`, where it is no CSV file, a `needed` column is
+    missing, or a spreadsheet has saved it in letters that nobody can tell.
     """
     if not path.is_file():
         return []
@@ -1339,13 +1276,7 @@ def part_of_job():
 
 
 def check_folder(before, photos, crops, places):
-    """Refuse photos of another folder than those of which the crops were made: the crops would be removed.
-
-    Raises
-    ------
-    ValueError
-        More than half of the crops are of photos that are not there, or are others by that name.
-    """
+    """Raise ValueError where most crops would be removed, their photos not being there, or being others."""
     made = [row for row in before if row["status"] == "ok" and is_ours(row) and place_of(row, places)]
     gone = [row for row in made if stamp(photos, row["source"])["bytes"] != row["bytes"]]
     if 2 * len(gone) > len(made):
@@ -1355,30 +1286,18 @@ def check_folder(before, photos, crops, places):
 
 
 def preprocess(photos, crops, workers, replace=False, level=None):
-    """Bring `crops` up to date with `photos`; what earlier runs did, finished or not, is kept.
+    """Bring the folder `crops` up to date with that of `photos`; what earlier runs did is kept.
 
-    Parameters
-    ----------
-    photos, crops : Path
-    workers : int
-        Number of processes.
-    replace : bool
-        Remove what was made of other photos, however much it is.
-    level : int, optional
-        How deep the class folders lie, 1 where they lie in `photos`; without it 1, unless it looks otherwise.
+    `workers` processes look at the photos. `level` says how deep the class folders lie, 1 where they lie in
+    `photos`; without it that is so, unless it looks otherwise. What was made of other photos is removed, but
+    most of the crops only with `replace`.
 
-    Returns
-    -------
-    (rows, new, notes) : list of dict or None, int, list of str
-        The manifest; how many photos this process looked at; what happened to crops made before. With RANK
-        and WORLD_SIZE in the environment it does its part only, leaves a journal and returns None for the
-        manifest.
+    Returns ``(rows, new, notes)``: the manifest, a list of dicts; how many photos this process looked at;
+    lines about crops made before. With RANK and WORLD_SIZE in the environment it does its part only, leaves a
+    journal and returns None for the manifest.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        There are no photos; the manifest is damaged; most crops were made of other photos; or as
-        `check_classes`.
+    Raises FileNotFoundError where there are no photos, and ValueError where the manifest is damaged, most
+    crops were made of other photos, or as `check_classes`.
     """
     sources = dict(list_photos(photos, level or 1))
     if not sources:
@@ -1421,10 +1340,7 @@ def preprocess(photos, crops, workers, replace=False, level=None):
 def finish(crops, before, final, places):
     """Write the manifest, and remove stale crops, journals and temporary files.
 
-    Returns
-    -------
-    list of str
-        What a user should know of crops that are gone, back again or elsewhere.
+    Returns lines about crops that are gone, back again or elsewhere.
     """
     ok = [row for row in final if row["status"] == "ok"]
     keep = {(row["class"], row["crop"]) for row in ok}

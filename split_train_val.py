@@ -66,10 +66,7 @@ LIPS = 14, 40, 14, 50  # first and last row and column of the lips in 64 x 64 pi
 def list_crops(crops):
     """All images in the class folders of `crops`: dict of (class, file name), sorted, to path.
 
-    Raises
-    ------
-    ValueError
-        Two files have one name, their accents written in two ways.
+    Raises ValueError where two files have one name, their accents written in two ways.
     """
     suffixes, found = Image.registered_extensions(), {}
     for folder in class_folders(crops):
@@ -120,14 +117,7 @@ def progress(doing, total):
 def windows(images, side, reach):
     """The mouths of miniatures made `side` pixels wide, from all places up to `reach` pixels off the middle.
 
-    Parameters
-    ----------
-    images : uint8 array of shape (N, 64, 64)
-
-    Returns
-    -------
-    float32 array of shape (N, (2 * reach + 1)**2, 320)
-        16 rows and 20 columns each.
+    From uint8 of shape (N, 64, 64), float32 of shape (N, (2 * reach + 1)**2, 320): 16 rows, 20 columns each.
     """
     small = np.empty((len(images), side, side), np.uint8)
     for image, smaller in zip(images, small):
@@ -140,16 +130,8 @@ def windows(images, side, reach):
 def discriminants(images):
     """In which directions mouths differ most, compared with what a small shift or scaling changes.
 
-    Fisher 1936, "The use of multiple measurements in taxonomic problems".
-
-    Parameters
-    ----------
-    images : uint8 array of shape (N, 64, 64)
-
-    Returns
-    -------
-    float32 array of shape (320, 40)
-        The best first, to project `windows` on; brightness drops out.
+    Of miniatures, uint8 of shape (N, 64, 64), the 40 best, float32 of shape (320, 40), to project `windows`
+    on; brightness drops out. Fisher 1936, "The use of multiple measurements in taxonomic problems".
     """
     some = images[::len(images) // 2000 + 1]
     mouths = windows(some, 32, 0)
@@ -170,17 +152,9 @@ def directions(vectors):
 def alike(images, basis, others):
     """Which mouths look alike at a glance, shifted by a tenth and scaled by a fifth at most.
 
-    Parameters
-    ----------
-    images : uint8 array of shape (N, 64, 64)
-    basis : as `discriminants` returns it
-    others : float32 array of shape (M, 40)
-        Of other images the mouths in their middles, projected on `basis`.
-
-    Returns
-    -------
-    list of int array
-        For each image the indices of the others that are like it, the nearest first.
+    For each of `images`, uint8 of shape (N, 64, 64), an array of the indices of the `others` that are like
+    it, the nearest first. `others` are mouths in the middles of images, projected on the `basis` that
+    `discriminants` gives, float32 of shape (M, 40).
     """
     if not len(images):
         return []
@@ -240,19 +214,10 @@ def agreement(a, templates_of_a, b):
 
 
 def find_copies(crops):
-    """Pairs of crops that show one moment: copies of a photo, or neighbours in a burst.
+    """Pairs of crops that show one moment, copies of a photo or neighbours in a burst, among `list_crops`.
 
-    The first crop of a group is compared with the others, so that no chain of small steps leads from one face
-    to another.
-
-    Parameters
-    ----------
-    crops : dict
-        As `list_crops` returns it.
-
-    Returns
-    -------
-    list of (first file of a group, another file of it)
+    Each is the first file of a group and another file of it: the first is compared with the others, so that
+    no chain of small steps leads from one face to another.
     """
     files, paths = list(crops), list(crops.values())
     images, taken = np.zeros((len(files), 64, 64), np.uint8), np.zeros(len(files), bool)
@@ -304,25 +269,11 @@ class Groups(NamedTuple):
 
 
 def find_groups(crops, files, pattern=None):
-    """Group the crops that must stay on one side: those that `pattern` says, else those that show one moment.
+    """Group those of `list_crops` that must stay on one side, by `pattern`, else those that show one moment.
 
-    Parameters
-    ----------
-    crops : Path
-    files : dict
-        As `list_crops` returns it.
-    pattern : re.Pattern, optional
-        See `group_of`. It looks at the photo's path in the manifest of `crops`, or at the crop's own path
-        where the manifest does not know it. What it holds apart is not joined, whatever it looks like.
-
-    Returns
-    -------
-    Groups
-
-    Raises
-    ------
-    ValueError
-        `pattern` finds nothing in any path.
+    The pattern, see `group_of`, looks at the photo's path in the manifest of `crops`, or at the crop's own
+    path where the manifest does not know it. What it holds apart is not joined, whatever it looks like.
+    Raises ValueError where it finds nothing in any path.
     """
     photos = {(composed(row["class"]), composed(row["crop"])): row["source"]
               for row in read_csv(crops / MANIFEST, NEEDED) if row["status"] == "ok"}
@@ -348,23 +299,14 @@ def val_count(n):
 
 
 def choose_val(members, seed, before=None):
-    """Choose the groups that go to validation.
+    """The names of the groups that go to validation, a set.
 
-    Parameters
-    ----------
-    members : dict of str to list of str
-        For every group the classes of its crops, one entry a crop.
-    seed : int
-        Orders the groups at random.
-    before : dict of str to str, optional
-        Groups that are on a side already, "train" or "val": they stay if the counts allow it.
+    `members` says for every group the classes of its crops, one entry a crop; the integer `seed` orders the
+    groups at random; groups that `before` says are in "train" or "val" stay there if the counts allow it.
 
-    Returns
-    -------
-    set of str
-        The groups for validation. Their crops come as close to `val_count` of each class as whole groups
-        can; with one crop a group they meet it exactly. Where two groups or more hold a class, each side
-        gets at least one of them, unless that leaves another class without crops in training.
+    The crops chosen come as close to `val_count` of each class as whole groups can; with one crop a group
+    they meet it exactly. Where two groups or more hold a class, each side gets at least one of them, unless
+    that leaves another class without crops in training.
     """
     before = before or {}
     counts = {group: Counter(classes) for group, classes in members.items()}
@@ -435,19 +377,9 @@ def read_record(data):
 
 
 def check_record(data, old, foreign):
-    """Refuse a record that names classes which are not there, where there are classes that it does not name.
+    """Raise ValueError where the record names classes that are not there, and not others that are.
 
-    Parameters
-    ----------
-    data : Path
-    old : list of dict
-        As `read_record` returns it.
-    foreign : set of Path
-        Files where crops should go, of which the record knows nothing.
-
-    Raises
-    ------
-    ValueError
+    `old` is what `read_record` returns; `foreign` are files where crops should go, unknown to the record.
     """
     named = {row["class"] for row in old}
     gone = {label for label in named if not any((data / part / label).is_dir() for part in ("train", "val"))}
@@ -464,29 +396,11 @@ def key_of(row):
 
 
 def split(crops, data, seed=0, group=None, link=False):
-    """Bring ``data/train`` and ``data/val`` up to date with `crops`.
+    """Bring ``data/train`` and ``data/val`` up to date with the folder `crops`, by copies or hard links.
 
-    Parameters
-    ----------
-    crops, data : Path
-    seed : int
-    group : str, optional
-        Regular expression; see `find_groups`.
-    link : bool
-        Hard links instead of copies.
-
-    Returns
-    -------
-    (rows, foreign, groups) : list of dict, list of Path, Groups
-        What `split.csv` now says; files of the same name that this script did not make: left alone; and what
-        stays together.
-
-    Raises
-    ------
-    FileNotFoundError
-        There are no crops.
-    ValueError
-        As `find_groups`.
+    `group` is a regular expression, see `find_groups`. Returns the rows of `split.csv`; a list of the files
+    of the same name that this script did not make and leaves alone; and the `Groups`. Raises
+    FileNotFoundError where there are no crops, ValueError as `list_crops`, `find_groups`, `check_record`.
     """
     files = list_crops(crops)
     if not files:
@@ -527,13 +441,7 @@ def split(crops, data, seed=0, group=None, link=False):
 
 
 def remove(data, stale, wanted):
-    """Remove stale files, or move them to the other side if they are wanted there.
-
-    Parameters
-    ----------
-    data : Path
-    stale, wanted : set of (part, class, file name)
-    """
+    """Remove stale files, (part, class, file name), or move them to the other side if wanted there."""
     for part, label, name in sorted(stale):
         other = "train" if part == "val" else "val"
         here, there = (data / side / label / name for side in (part, other))
