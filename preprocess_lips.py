@@ -19,7 +19,6 @@ In other code:
 """
 
 import argparse
-import codecs
 import contextlib
 import copy
 import csv
@@ -198,14 +197,12 @@ def _pixels(data, least):
             if (image.width < image.height) != (size[0] < size[1]):
                 size = size[::-1]
             pixels = _rgb(image)
-            for frame in range(1, MAX_FRAMES) if getattr(image, "is_animated", False) else ():
-                if np.ptp(pixels, (0, 1)).max() > ONE_COLOUR:
-                    break
-                try:
+            with contextlib.suppress(EOFError):  # the end of an animation
+                for frame in range(1, MAX_FRAMES) if getattr(image, "is_animated", False) else ():
+                    if np.ptp(pixels, (0, 1)).max() > ONE_COLOUR:
+                        break
                     image.seek(frame)
-                except EOFError:
-                    break
-                pixels = _rgb(image)
+                    pixels = _rgb(image)
             return pixels, size
     except UnidentifiedImageError:  # which names an object in memory
         if not pillow_heif and is_heic(data):
@@ -1037,6 +1034,20 @@ def writing(path):
                       "the same command goes on from there once that is mended") from None
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path`; the file of that name, once whole, takes its place."""
+    part = temporary(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
 def write_file(path, data, last=True):
     """Write bytes under a temporary name beside `path`, flush them to the disk and rename.
 
@@ -1045,19 +1056,10 @@ def write_file(path, data, last=True):
     OSError, which names the file, where it cannot be written.
     """
     path = Path(path)
-    part = temporary(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+    with replacing(path) as part, open(part, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     if last:
         sync_folder(path.parent)
 
@@ -1065,12 +1067,10 @@ def write_file(path, data, last=True):
 def sync_folder(folder):
     """Flush names to the disk: that of a renamed file may be lost although its content is not."""
     if os.name == "posix":
-        with contextlib.suppress(OSError):  # it is not there, or on a network disk that cannot
+        with contextlib.suppress(OSError), contextlib.ExitStack() as end:  # network disks may not be able to
             handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            end.callback(os.close, handle)
+            os.fsync(handle)
 
 
 @contextlib.contextmanager
@@ -1108,22 +1108,18 @@ def read_csv(path, needed=(), remedy="restore it, or remove it and run the same 
     if not path.is_file():
         return []
     data = path.read_bytes()
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = data.decode("utf-16") if wide else data.decode("utf-8-sig", "surrogateescape")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: cut short or damaged; {remedy}") from None
-    first = re.match(r"[^\r\n]*", text)[0]
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-    try:
+        first = re.match(r"[^\r\n]*", text)[0]
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
         rows = [defaultdict(str, {key: value.removeprefix("'") for key, value in row.items() if key})
                 for row in reader]
-        missing = [column for column in needed if column not in (reader.fieldnames or ())]
-    except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV file ({error}); {remedy}") from None
-    if missing:
-        raise ValueError(f"{path}: has no column {missing[0]}; {remedy}")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file, or damaged ({error}); {remedy}") from None
+    if missing := set(needed).difference(reader.fieldnames or ()):
+        raise ValueError(f"{path}: has no column {min(missing)}; {remedy}")
     as_written = data.startswith(f"{first}\n".encode("utf-8", "surrogateescape")) and delimiter == ","
     if not as_written and re.search("[\udc80-\udcff]", text):
         raise ValueError(f"{path}: another program has saved it in letters other than UTF-8; {remedy}")
@@ -1206,12 +1202,12 @@ def worth_a_try(row, photos):
 
 def stamp(photos, source):
     """Size and times of a photo, as columns of its row; empty texts if it cannot be asked."""
-    times = ("bytes", "mtime_ns", "ctime_ns")  # the last, of a change of any kind, no copying program sets
-    try:
+    about = None
+    with contextlib.suppress(OSError):
         about = (photos / source).stat()
-    except OSError:
-        return dict.fromkeys(times, "")
-    return dict(zip(times, map(str, (about.st_size, about.st_mtime_ns, about.st_ctime_ns))))
+    # the last, of a change of any kind, no copying program sets
+    fields = {"bytes": "st_size", "mtime_ns": "st_mtime_ns", "ctime_ns": "st_ctime_ns"}
+    return {column: str(getattr(about, field, "")) for column, field in fields.items()}
 
 
 def known_rows(before, sources, photos, places, now):
@@ -1254,20 +1250,16 @@ def settle(rows):
     the same content in two classes is a `conflict` and belongs to neither.
     """
     rows = sorted(rows, key=lambda row: row["source"])
-    classes, first = {}, {}
+    copies = defaultdict(list)
     for row in rows:
         if row["crop"]:
-            classes.setdefault(row["sha1"], set()).add(row["class"])
-            first.setdefault(row["sha1"], row["source"])
-
-    def status(row):
-        if not row["crop"]:
-            return row["status"]
-        if len(classes[row["sha1"]]) > 1:
-            return "conflict"
-        return "ok" if first[row["sha1"]] == row["source"] else "duplicate"
-
-    return [row | {"status": status(row)} for row in rows]
+            copies[row["sha1"]].append(row)
+    for first, *others in copies.values():
+        conflict = any(row["class"] != first["class"] for row in others)
+        first["status"] = "conflict" if conflict else "ok"
+        for row in others:
+            row["status"] = "conflict" if conflict else "duplicate"
+    return rows
 
 
 def part_of_job():

@@ -41,8 +41,8 @@ from preprocess_lips import (
     locked,
     printable,
     read_csv,
+    replacing,
     sweep,
-    temporary,
     text_table,
     write_csv,
     writing,
@@ -359,14 +359,8 @@ def place_crop(source, target, link):
         same = os.path.samefile(source, target)
         if same if link else not same and (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns):
             return
-    part = temporary(target)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, part) if link else shutil.copy2(source, part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+    with replacing(target) as part:
+        os.link(source, part) if link else shutil.copy2(source, part)
 
 
 def read_record(data):
