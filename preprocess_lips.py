@@ -810,7 +810,7 @@ def check_classes(photos, sources, level):
 
     The latter only where `level` is None: nobody has said what is meant.
     """
-    alike, owners = defaultdict(set), defaultdict(set)
+    alike = defaultdict(set)
     for label in sources.values():
         alike[folded(label)].add(label)
     if twins := [", ".join(map(repr, sorted(names))) for names in alike.values() if len(names) > 1]:
@@ -819,9 +819,8 @@ def check_classes(photos, sources, level):
     paths = [source.split("/") for source in sources]
     tops = sorted({path[0] for path in paths})
     inner = [path[:2] for path in paths if len(path) > 2 and not NO_CLASS.fullmatch(path[1])]
-    for top, name in inner:
-        owners[folded(name)].add(top)
-    shared = [name for _, name in inner if len(owners[folded(name)]) > 1 or len(tops) == 1]  # a photo each
+    owners = Counter(name for _, name in {(top, folded(name)) for top, name in inner})
+    shared = [name for _, name in inner if owners[folded(name)] > 1 or len(tops) == 1]  # a photo each
     loose = sum(len(path) == 2 for path in paths)
     if level or not shared or 2 * len(shared) < len(paths) or 5 * loose >= len(paths):
         return
@@ -1343,18 +1342,18 @@ def finish(crops, before, final, places):
     had = {row["crop"] for row in before if row["status"] == "ok" and is_ours(row)}
     back = [row["source"] for row in ok if row["crop"] in had and not places.get(row["crop"])]
     moved = [row["source"] for row in ok if row["class"] != photo_class(row)]
-    notes = [text.format(n=len(some), one=sorted(some)[0]) for text, some in (
-        ("crops removed: {n}, such as {one}; their photos are gone, have changed, or lie in two classes",
-         removed),
-        ("crops that somebody had removed and are there again: {n}, such as that of {one}; "
-         "to leave one out, remove its photo", back),
-        ("crops in another class than their photos, which count there: {n}, such as that of {one}", moved),
-    ) if some]
     write_csv(crops / MANIFEST, COLUMNS, final)
     for path in crops.glob(f"{JOURNAL}*"):
         path.unlink(missing_ok=True)
     sweep(crops, *(path for path in crops.iterdir() if path.is_dir()))
-    return notes
+    return [
+        *counted("crops removed: {n}, such as {one}; their photos are gone, have changed, or lie in two "
+                 "classes", removed),
+        *counted("crops that somebody had removed and are there again: {n}, such as that of {one}; "
+                 "to leave one out, remove its photo", back),
+        *counted("crops in another class than their photos, which count there: {n}, such as that of {one}",
+                 moved),
+    ]
 
 
 # --- the contact sheet
@@ -1472,45 +1471,50 @@ def text_table(headers, rows, others="right"):
                     colalign=("left", *[others] * (len(headers) - 1)))
 
 
-def table(rows):
-    """Text: how many photos of each class have each status."""
-    counts = Counter((row["class"], row["status"]) for row in rows)
-    statuses = [s for s in STATUSES if s == "ok" or any(status == s for _, status in counts)]
+def class_table(rows, column, values, total):
+    """Text: how many rows of each class there are, in `total`, and how many have which value in a column."""
+    counts = Counter((row["class"], row[column]) for row in rows)
     classes = sorted({label for label, _ in counts})
     lines = []
     for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
-        cells = [sum(counts[label, status] for label in labels) for status in statuses]
+        cells = [sum(counts[label, value] for label in labels) for value in values]
         lines.append([printable(name), sum(cells), *cells])
-    return text_table(("class", "photos", *statuses), lines)
+    return text_table(("class", total, *values), lines)
+
+
+def counted(text, things):
+    """A list of one line that says of things how many there are, {n}, and the first, {one}; [] if none."""
+    return [text.format(n=len(things), one=min(things))] if things else []
 
 
 def report(photos, rows, level):
     """Print the table of `rows`, and what a user may have overlooked in the folder of photos."""
-    print(table(rows))
+    sources = defaultdict(list)
+    for row in rows:
+        sources[row["status"]].append(row["source"])
+        sources[row["note"]].append(row["source"])
+    print(class_table(rows, "status", [s for s in STATUSES if s == "ok" or s in sources], "photos"))
     beside = sorted(path for n in range(level) for folder in class_folders(photos, n)
                     for path in folder.iterdir() if not is_hidden(path.name))
-    if loose := sum(path.is_file() for path in beside):
-        print(printable(f"{photos}: {loose} files beside the class folders are in no class"))
-    if twice := sorted(row["source"] for row in rows if row["status"] == "conflict"):
-        print(printable(f"in two classes, and so used in neither: {len(twice)} photos, such as {twice[0]}; "
-                        "all folders here are classes, so keep those of another task elsewhere"))
-    if cut := sorted(row["source"] for row in rows if row["note"] == "cut short"):
-        print(printable(f"cut short by less than {MAX_LOST:.0%} of their pixels, and so taken as they are: "
-                        f"{len(cut)} photos, such as {cut[0]}"))
     classes = {row["class"] for row in rows}
-    for name in sorted(classes - {row["class"] for row in rows if row["status"] == "ok"}):
-        print(printable(f"{name}: none of its photos is used, so there is no such class"))
-    for folder in beside:
-        if folder.is_dir() and folder.name in NO_CLASSES and any(folder.iterdir()):
-            print(printable(f"{folder}: no class; move photos from there to the classes, or leave them"))
-    for folder in class_folders(photos, level):
-        if composed(folder.name) not in classes:
-            print(printable(f"{folder}: empty, so there is no class of this name"))
-    if hint := font_hint(sorted(classes)):
-        print(printable(hint))
-    if heic := sum(row["note"] == "HEIC" for row in rows):
-        print(f"{heic} of the unreadable ones are HEIC, which 'pip install pillow-heif' "
-              "and the same command again would read")
+    lines = [
+        *counted("{n} files beside the class folders are in no class, such as {one}",
+                 [path for path in beside if path.is_file()]),
+        *counted("in two classes, and so used in neither: {n} photos, such as {one}; all folders here are "
+                 "classes, so keep those of another task elsewhere", sources["conflict"]),
+        *counted(f"cut short by less than {MAX_LOST:.0%} of their pixels, and so taken as they are: "
+                 "{n} photos, such as {one}", sources["cut short"]),
+        *(f"{name}: none of its photos is used, so there is no such class"
+          for name in sorted(classes - {row["class"] for row in rows if row["status"] == "ok"})),
+        *(f"{folder}: no class; move photos from there to the classes, or leave them" for folder in beside
+          if folder.is_dir() and folder.name in NO_CLASSES and any(folder.iterdir())),
+        *(f"{folder}: empty, so there is no class of this name" for folder in class_folders(photos, level)
+          if composed(folder.name) not in classes),
+        font_hint(sorted(classes)),
+        *counted("{n} of the unreadable ones are HEIC, which 'pip install pillow-heif' and the same command "
+                 "again would read", sources["HEIC"]),
+    ]
+    print(*(printable(line) + "\n" for line in lines if line), sep="", end="")
 
 
 def build_parser():

@@ -33,9 +33,11 @@ from preprocess_lips import (
     MANIFEST,
     NEEDED,
     class_folders,
+    class_table,
     command_line,
     composed,
     cores,
+    counted,
     is_hidden,
     is_name,
     locked,
@@ -43,7 +45,6 @@ from preprocess_lips import (
     read_csv,
     replacing,
     sweep,
-    text_table,
     write_csv,
     writing,
 )
@@ -451,13 +452,7 @@ def remove(data, stale, wanted):
 
 def table(rows):
     """Text: class, total, train, val."""
-    counts = Counter((row["class"], row["part"]) for row in rows)
-    classes = sorted({row["class"] for row in rows})
-    lines = []
-    for name, labels in (*((label, [label]) for label in classes), ("total", classes)):
-        train, val = (sum(counts[label, part] for label in labels) for part in ("train", "val"))
-        lines.append([printable(name), train + val, train, val])
-    return text_table(("class", "total", "train", "val"), lines)
+    return class_table(rows, "part", ("train", "val"), "total")
 
 
 def report(args, rows, foreign, groups):
@@ -470,18 +465,15 @@ def report(args, rows, foreign, groups):
     if args.group:
         sides = [len({row["group"] for row in rows if row["part"] == part}) for part in ("train", "val")]
         lines.append(f"groups: {sides[0]} in train, {sides[1]} in val, none in both")
-    alone = groups.alone
-    if alone:
-        lines.append("groups of their own, because --group finds nothing in their paths: "
-                     f"{len(alone)} crops, such as that of {alone[0]}")
+    lines += counted("groups of their own, because --group finds nothing in their paths: "
+                     "{n} crops, such as that of {one}", groups.alone)
     lines += copies_told(groups)
     suffixes = Image.registered_extensions()
-    deeper = [path for path in sorted(args.crops.glob("*/*/**/*"))
+    deeper = [path for path in args.crops.glob("*/*/**/*")
               if path.suffix.lower() in suffixes and path.is_file()
               and not any(map(is_hidden, path.relative_to(args.crops).parts))]
-    if deeper:
-        lines.append(f"left out, because crops lie in the class folders themselves: {len(deeper)} images in "
-                     f"folders below, such as {deeper[0]}")
+    lines += counted("left out, because crops lie in the class folders themselves: {n} images in "
+                     "folders below, such as {one}", deeper)
     lines += told("left alone, not made by this script: {}", foreign)
     lines.append(f"{'linked' if args.link else 'copied'} to {args.data / 'train'} and {args.data / 'val'}, "
                  f"listed in {args.data / RECORD}")
