@@ -32,7 +32,6 @@ import io
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import re
 import secrets
@@ -47,7 +46,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import connection
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,8 +227,7 @@ def without_text(data):
         return data, b""
     chunks, profile, at = [data[:8]], b"", 8
     while at < len(data):
-        end = at + 12 + int.from_bytes(data[at:at + 4])
-        kind = data[at + 4:at + 8]
+        kind, end = data[at + 4:at + 8], at + 12 + int.from_bytes(data[at:at + 4])
         if kind == b"iCCP":  # a name, two zeros, and the profile, compressed
             with contextlib.suppress(zlib.error):
                 packed = data[at + 8:end - 4].partition(b"\0\0")[2]
@@ -718,9 +716,8 @@ def cut(image, box, size):
     height, width = image.shape[:2]
     left, top, right, bottom = box
     # at least one row and column of the image, so that there is a border to replicate
-    x0, x1 = min(max(left, 0), width - 1), max(min(right, width), 1)
-    y0, y1 = min(max(top, 0), height - 1), max(min(bottom, height), 1)
-    inside = image[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)]
+    x0, y0 = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
+    inside = image[y0:max(bottom, y0 + 1), x0:max(right, x0 + 1)]
     side, shift_x, shift_y = right - left, x0 - left, y0 - top
     if side > size:  # shrink before padding: a border of thousands of pixels need never exist
         scale = size / side
@@ -842,12 +839,12 @@ def crop_name(label, sha1):
 
 def identify(photos, source, label):
     """A photo's row as far as the file alone tells, with status `unreadable`, and its bytes or None."""
-    row = dict.fromkeys(COLUMNS, "") | stamp(photos, source)
-    row, data = row | {"source": source, "class": label, "status": "unreadable"}, None
+    row = dict.fromkeys(COLUMNS, "") | {"source": source, "class": label, "status": "unreadable"}
+    row |= stamp(photos, source)
     with contextlib.suppress(OSError, MemoryError):
         data = read_file(photos / source)
-        row |= {"sha1": hashlib.sha1(data).hexdigest()}
-    return row, data
+        return row | {"sha1": hashlib.sha1(data).hexdigest()}, data
+    return row, None
 
 
 def process_photo(cropper, photos, source, label):
@@ -914,7 +911,7 @@ class Worker:
 
     def __init__(self):
         # spawn: a worker forked from a process in which OpenCV has run threads waits forever
-        context = multiprocessing.get_context("spawn")
+        context = get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=work, args=(other_end, MAX_SECONDS), daemon=True)
         try:
@@ -958,18 +955,17 @@ def process_photos(tasks, workers):
                 except (EOFError, OSError):  # it is dead
                     if not worker.ready:
                         raise ChildProcessError(
-                            "worker processes die before they begin; is there enough memory? "
-                            "Try --workers 1. A script of your own must call this below "
-                            "'if __name__ == \"__main__\":'") from None
+                            "workers die before they begin; is there enough memory? Try --workers 1. A "
+                            "script of your own must call it below 'if __name__ == \"__main__\":'") from None
                     worker.end()
                     crew[i] = Worker()
                     task, *others = worker.tasks
                     waiting.extendleft(reversed(others))
-                    if task not in tried:
+                    if task in tried:
+                        yield identify(*task)[0], None
+                    else:
                         tried.add(task)
                         waiting.append(task)
-                    else:
-                        yield identify(*task)[0], None
                     continue
                 if isinstance(answer, Exception):
                     raise answer
@@ -1225,21 +1221,17 @@ def known_rows(before, sources, photos, places, now):
         if any(row[key] != mark for key, mark in marks.items()) and (  # touched, copied, or another one?
                 row["bytes"] != marks["bytes"] or identify(photos, source, label)[0]["sha1"] != row["sha1"]):
             continue
+        place = row["class"] if row["status"] == "conflict" else place_of(row, places) if is_ours(row) else ""
         if not row["crop"]:
-            row["class"] = label
+            place = label
         elif row["crop"] != crop_name(label, row["sha1"]):  # that of another level
             continue
-        elif row["status"] != "conflict":
-            if not is_ours(row) or not place_of(row, places):
-                continue
-            row["class"] = place_of(row, places)
-        rows[source] = row | marks | {"settings": now}
-    classes = defaultdict(set)
-    for row in rows.values():
-        classes[row["sha1"]].add(row["class"])
+        if place:
+            rows[source] = row | marks | {"class": place, "settings": now}
+    conflicts = {source for source, row in rows.items() if row["status"] == "conflict"}
     # a conflict lasts as long as both copies are there
-    return {source: row for source, row in rows.items()
-            if row["status"] != "conflict" or len(classes[row["sha1"]]) > 1}
+    return {row["source"]: row for row in settle(rows.values())
+            if row["status"] == "conflict" or row["source"] not in conflicts}
 
 
 def settle(rows):
@@ -1311,15 +1303,13 @@ def preprocess(photos, crops, workers, replace=False, level=None):
         changed = {row["source"] for row in earlier if row["settings"] not in ("", now)}
         if others := changed & (sources.keys() - rows.keys()):
             print(f"{len(others)} photos are looked at anew: what decides a crop has changed")
-        share = list(sources.items())[rank::world]
-        tasks = [(photos, source, label) for source, label in share if source not in rows]
+        tasks = [(photos, *item) for item in list(sources.items())[rank::world] if item[0] not in rows]
         with writing(journal), open(journal, "a", encoding="utf-8") as log:
             log.write("\n")  # ends what a kill cut short
             with tqdm(total=len(tasks), unit="photo", disable=None if tasks and not rank else True) as bar:
                 for some in run_parallel(tasks, crops, workers, places):
-                    some = [row | {"settings": now} for row in some]
-                    rows |= {row["source"]: row for row in some}
-                    log.write("".join(json.dumps(row) + "\n" for row in some))
+                    rows |= {row["source"]: row | {"settings": now} for row in some}
+                    log.write("".join(json.dumps(rows[row["source"]]) + "\n" for row in some))
                     log.flush()
                     bar.update(len(some))
         if world > 1:
@@ -1334,11 +1324,11 @@ def finish(crops, before, final, places):
     Returns lines about crops that are gone, back again or elsewhere.
     """
     ok = [row for row in final if row["status"] == "ok"]
-    keep = {(row["class"], row["crop"]) for row in ok}
-    stale = {(row["class"], row["crop"]) for row in (*before, *final) if is_ours(row)} - keep
-    removed = [name for label, name in stale if label in places.get(name, ())]
+    stale = {(row["class"], row["crop"]) for row in (*before, *final) if is_ours(row)}
+    stale -= {(row["class"], row["crop"]) for row in ok}
     for label, name in stale:
         (crops / label / name).unlink(missing_ok=True)
+    removed = [name for label, name in stale if label in places.get(name, ())]
     had = {row["crop"] for row in before if row["status"] == "ok" and is_ours(row)}
     back = [row["source"] for row in ok if row["crop"] in had and not places.get(row["crop"])]
     moved = [row["source"] for row in ok if row["class"] != photo_class(row)]
@@ -1359,24 +1349,22 @@ def finish(crops, before, final, places):
 # --- the contact sheet
 
 
+FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc",
+         "Hiragino Sans GB.ttc", "DroidSansFallbackFull.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf")
+
+
 def label_font(text, size):
     """A font that has the letters of `text`, and the text to draw with it.
 
-    Pillow's own font knows Latin letters only. For others the fonts that systems usually have are tried;
-    without any of them the letters that cannot be drawn become question marks.
+    Pillow's own font knows Latin letters only; without one of `FONTS` others become question marks.
     """
-    fonts = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc",
-             "Hiragino Sans GB.ttc", "DroidSansFallbackFull.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf")
-    font = ImageFont.load_default(size)
-    if text.isascii():
-        return font, text
-    for name in fonts:
+    for name in FONTS if not text.isascii() else ():
         with contextlib.suppress(OSError):
             other = ImageFont.truetype(name, size)
             missing = bytes(other.getmask("\U0010fffe"))
             if all(bytes(other.getmask(letter)) != missing for letter in text):
                 return other, text
-    return font, text.encode("latin-1", "replace").decode("latin-1")
+    return ImageFont.load_default(size), text.encode("latin-1", "replace").decode("latin-1")
 
 
 def font_hint(names):
@@ -1403,8 +1391,7 @@ def contact_sheet(crops, rows, columns=14, side=90):
         font, text = label_font(f"{label}  ({len(some)})", 18)
         draw.text((6, i * band + 4), text, fill="black", font=font)
         n = min(len(some), 2 * columns)
-        for k in range(n):
-            row = some[k * len(some) // n]
+        for k, row in enumerate(some[k * len(some) // n] for k in range(n)):
             x, y = k % columns * side, i * band + 28 + k // columns * high
             with Image.open(crops / label / row["crop"]) as crop:
                 sheet.paste(crop.resize((side, side)), (x, y))
@@ -1542,9 +1529,8 @@ def main(argv=None):
     photos, crops = args.photos, args.crops
     with command_line("what is done is kept; the same command goes on from there"):
         if not photos.is_dir():
-            raise FileNotFoundError(f"{photos}: no such folder; "
-                                    f"put photos in {photos}/<class>/ or name another")
-        if photos.resolve() in (crops.resolve(), *crops.resolve().parents):
+            raise FileNotFoundError(f"{photos}: no such folder; put photos in {photos}/<class>/, or name one")
+        if crops.resolve().is_relative_to(photos.resolve()):
             raise ValueError(f"{crops}: lies within {photos}, and the next run would take the crops "
                              "for photos; name another folder")
         landmark_file()
