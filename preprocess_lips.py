@@ -955,8 +955,8 @@ def process_photos(tasks, workers):
                 except (EOFError, OSError):  # it is dead
                     if not worker.ready:
                         raise ChildProcessError(
-                            "workers die before they begin; is there enough memory? Try --workers 1. A "
-                            "script of your own must call it below 'if __name__ == \"__main__\":'") from None
+                            "workers die before they begin; is there enough memory? Try --workers 1. Your "
+                            "own script must call this below 'if __name__ == \"__main__\":'") from None
                     worker.end()
                     crew[i] = Worker()
                     task, *others = worker.tasks
