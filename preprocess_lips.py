@@ -1160,10 +1160,7 @@ def is_name(text):
 
 
 def photo_class(row):
-    """The folder of a row's photo after which its crop is named, its class; "" where the crop is not ours.
-
-    The crop may have been moved to another class by hand.
-    """
+    """The folder of a row's photo after which its crop is named, its class; "" where the crop is not ours."""
     folders = composed(row["source"]).split("/")[:-1]
     return next((label for label in folders if row["crop"] == crop_name(label, row["sha1"])), "")
 
@@ -1235,21 +1232,20 @@ def known_rows(before, sources, photos, places, now):
 
 
 def settle(rows):
-    """Turn the rows of photos looked at one by one into final ones: exact copies meet here.
+    """Give exact copies their final status; returns the rows, which it changes, by source.
 
-    Of photos with the same content in one class the first stays `ok` and the others become `duplicate`;
-    the same content in two classes is a `conflict` and belongs to neither.
+    Of photos with the same content in one class the first is `ok` and the others are `duplicate`; the same
+    content in two classes is a `conflict` and belongs to neither.
     """
     rows = sorted(rows, key=lambda row: row["source"])
     copies = defaultdict(list)
     for row in rows:
         if row["crop"]:
             copies[row["sha1"]].append(row)
-    for first, *others in copies.values():
-        conflict = any(row["class"] != first["class"] for row in others)
-        first["status"] = "conflict" if conflict else "ok"
-        for row in others:
-            row["status"] = "conflict" if conflict else "duplicate"
+    for same in copies.values():
+        conflict = len({row["class"] for row in same}) > 1
+        for row in same:
+            row["status"] = "conflict" if conflict else "ok" if row is same[0] else "duplicate"
     return rows
 
 
@@ -1319,18 +1315,15 @@ def preprocess(photos, crops, workers, replace=False, level=None):
 
 
 def finish(crops, before, final, places):
-    """Write the manifest, and remove stale crops, journals and temporary files.
-
-    Returns lines about crops that are gone, back again or elsewhere.
-    """
+    """Write the manifest and remove what is stale; returns lines about crops gone, back or elsewhere."""
     ok = [row for row in final if row["status"] == "ok"]
     stale = {(row["class"], row["crop"]) for row in (*before, *final) if is_ours(row)}
     stale -= {(row["class"], row["crop"]) for row in ok}
     for label, name in stale:
         (crops / label / name).unlink(missing_ok=True)
     removed = [name for label, name in stale if label in places.get(name, ())]
-    had = {row["crop"] for row in before if row["status"] == "ok" and is_ours(row)}
-    back = [row["source"] for row in ok if row["crop"] in had and not places.get(row["crop"])]
+    had = {row["crop"] for row in before if row["status"] == "ok" and is_ours(row)} - places.keys()
+    back = [row["source"] for row in ok if row["crop"] in had]
     moved = [row["source"] for row in ok if row["class"] != photo_class(row)]
     write_csv(crops / MANIFEST, COLUMNS, final)
     for path in crops.glob(f"{JOURNAL}*"):
@@ -1545,12 +1538,12 @@ def main(argv=None):
             return
         report(photos, rows, args.level or 1)
         print(*map(printable, notes), f"{done}, {len(rows) - new} known from before", sep="\n")
-        if not any(row["status"] == "ok" for row in rows):
+        classes = len({row["class"] for row in rows if row["status"] == "ok"})
+        if not classes:
             raise ValueError(f"{photos}: not one photo gave a mouth; {crops / MANIFEST} says why")
         sheet = io.BytesIO()
         contact_sheet(crops, rows).save(sheet, "JPEG", quality=88)
         write_file(crops / "preview.jpg", sheet.getvalue())
-        classes = len({row["class"] for row in rows if row["status"] == "ok"})
         shown = f", at the first {SHEET_CLASSES} of {classes} classes" if classes > SHEET_CLASSES else ""
         print(printable(f"crops in {crops}/<class>/, every photo's fate in {crops / MANIFEST}, "
                         f"a look at them in {crops / 'preview.jpg'}{shown}"))
