@@ -413,14 +413,7 @@ class LipCropper:
     """Finds faces and cuts out their mouths.
 
     Loading takes about half a second (a landmark file of 100 MB), so make one and call it often; threads may
-    share it.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no landmark file.
-    ValueError
-        It is damaged.
+    share it. Raises FileNotFoundError where there is no landmark file, ValueError where it is damaged.
     """
 
     def __init__(self):
@@ -433,26 +426,11 @@ class LipCropper:
                              "'pip install --force-reinstall face_recognition_models' brings one") from None
 
     def __call__(self, photo, largest=False):
-        """Find the faces of a photo.
+        """Find the faces of a photo: a list of `Face`, largest first, or with `largest` at most that one.
 
-        Parameters
-        ----------
-        photo : uint8 array of shape (H, W, 3), RGB, or (H, W), PIL image, path-like or bytes
-            An array or PIL image is taken as it lies; a file, or its content, is read as by `find`.
-        largest : bool
-            Return at most one face, the largest, and stop looking once it is found.
-
-        Returns
-        -------
-        list of Face, largest first
-            Beside a large face, those of the far background are not looked for.
-
-        Raises
-        ------
-        OSError
-            As `read_photo`.
-        ValueError
-            `photo` is none of these.
+        The photo is a uint8 array of shape (H, W, 3), RGB, or (H, W), or a PIL image, taken as it lies; or
+        a file (path-like) or its content (bytes), read as by `find`. Beside a large face, those of the far
+        background are not looked for. Raises OSError as `read_photo`, and ValueError for anything else.
         """
         if isinstance(photo, (str, os.PathLike, bytes)):
             return self.find(photo, largest).faces
@@ -509,23 +487,9 @@ class LipCropper:
         return sorted(faces, key=lambda face: face.box[0] - face.box[2]), refused
 
     def find(self, source, largest=False):
-        """Find the faces of a photo that is not decoded yet: large JPEGs take a fraction of the time.
+        """As a call, of a file or its content, but returns `Found`: large JPEGs take a fraction of the time.
 
-        Parameters
-        ----------
-        source : path-like or bytes
-            A file or its content, as for `read_photo`.
-        largest : bool
-            As for a call.
-
-        Returns
-        -------
-        Found
-
-        Raises
-        ------
-        OSError
-            As `read_photo`.
+        Raises OSError as `read_photo`.
         """
         source = source if isinstance(source, bytes) else read_file(source)
         photo, size, cut = _decode(source, DECODE_SIDE)
@@ -538,17 +502,9 @@ class LipCropper:
     def follow(self, photo, landmarks):
         """Find a face in the next frame of a video, from where it was, in a fraction of a search's time.
 
-        Parameters
-        ----------
-        photo : uint8 array of shape (H, W, 3), RGB
-        landmarks : float array of shape (68, 2)
-            Of the face in the frame before.
-
-        Returns
-        -------
-        Face or None
-            None where there is no longer a face, its mouth left the frame, or it went further than a third of
-            its size.
+        The frame is a uint8 array of shape (H, W, 3), RGB; the landmarks, a float array of shape (68, 2), are
+        those of the face in the frame before. Returns a `Face`, or None where there is no longer one, its
+        mouth left the frame, or it went further than a third of its size.
         """
         # a head that lies on its side is followed in the frame turned upright
         down = landmarks[48:68].mean(0) - landmarks[36:48].mean(0)
@@ -627,12 +583,9 @@ class LipCropper:
 
 
 def plausible(landmarks):
-    """Whether 68 landmarks make an upright face.
+    """Whether landmarks, float of shape (68, 2), make an upright face.
 
-    Parameters
-    ----------
-    landmarks : float array of shape (68, 2)
-        In units of the detected face's side, from its left top corner.
+    They are in units of the detected face's side, from its left top corner.
     """
     eyes, nose, lips = landmarks[36:48], landmarks[33], landmarks[48:68]
     corners = np.hypot(*(landmarks[54] - landmarks[48]))
