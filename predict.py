@@ -128,24 +128,11 @@ class Result(NamedTuple):
 
 
 def predict_photos(sources, model, crops=False, workers=None, largest=False):
-    """Find and classify the mouths in photos; of an animation, in the first frame that has a face.
+    """Find and classify the mouths in photos; yields a `Result` for each source (path), in their order.
 
-    Parameters
-    ----------
-    sources : sequence of path-like, or a single one
-    model : net.simpleconv3
-        In eval mode, as `net.load_model` returns it.
-    crops : bool
-        The images are mouth crops: each is classified whole.
-    workers : int, optional
-        Threads that decode and find faces while the network runs. Default: one a core.
-    largest : bool
-        Only the largest face of each photo.
-
-    Yields
-    ------
-    Result
-        One for each source, in their order.
+    The model is in eval mode, as `net.load_model` returns it. With `crops` the images are mouth crops, each
+    classified whole; with `largest` only the largest face of a photo counts. Of an animation it is the first
+    frame that has a face. So many `workers` (threads, one a core) find faces while the network runs.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     sources = [Path(source) for source in sources]
@@ -268,25 +255,9 @@ class Moment(NamedTuple):
 def predict_video(source, model):
     """Classify the mouths in every frame of a video, each face with a number that it keeps.
 
-    Faces are searched in every sixth frame, in one after 0.4 seconds and when one is lost, and followed from
-    frame to frame in between.
-
-    Parameters
-    ----------
-    source : path-like, str or int
-        A file, the address of a video or stream, or a camera's number. Or a `Video`.
-    model : net.simpleconv3
-        In eval mode, as `net.load_model` returns it.
-
-    Yields
-    ------
-    Moment
-        One for each frame that can be decoded.
-
-    Raises
-    ------
-    OSError
-        It cannot be opened; the text says why.
+    The source is a path, the address of a video or stream, a camera's number, or a `Video`. Yields a `Moment`
+    for each frame that can be decoded; raises an OSError that says why where it cannot be opened. Faces are
+    searched in every sixth frame, in one after 0.4 seconds and when one is lost, and followed in between.
     """
     cropper = load_cropper()
     known = {}  # number: (face, probabilities, frames since it was seen)
@@ -330,12 +301,8 @@ class Video:
 
     Frames are uint8 arrays of shape (H, W, 3), RGB, upright, all as large as the first. `frames` and
     `seconds` are how long the video says that it is, 0 if it does not; `lasts` are the seconds for which the
-    newest frame is shown; `packets` gather the `sound` that is read between the frames.
-
-    Raises
-    ------
-    OSError
-        It cannot be opened, or has no frame; the text says why.
+    newest frame is shown; `packets` gather the `sound` that is read between the frames. An OSError says why
+    it cannot be opened, or that it has no frame.
     """
 
     def __init__(self, source, sound=False):
@@ -670,22 +637,12 @@ def evaluate(pairs, classes):
 
 
 def evaluate_folder(folder, model, crops):
-    """Score a model on a folder of class folders.
+    """Score a model on a folder of class folders: the scores, and a `Card` for each photo.
 
-    Returns
-    -------
-    scores : dict
-        As `evaluate` returns it, with ``skipped``, the number of photos without a face, and ``contradicted``,
-        the photos whose folder the model contradicts, most confident first: wrong labels are among them.
-    cards : list of Card
-        One for each photo.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such folder, or there are no photos in it.
-    ValueError
-        A folder is none of the model's classes, or no photo has a face.
+    The scores are those of `evaluate`, ``skipped``, the number of photos without a face, and
+    ``contradicted``, those whose folder the model contradicts, most confident first: wrong labels are among
+    them. Raises a FileNotFoundError where there are no photos, and a ValueError where a folder is none of the
+    model's classes or no photo has a face.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -904,23 +861,11 @@ def colour(label):
 def annotate(photo, faces, probabilities, classes, least=MIN_SAVED, numbers=None):
     """A copy of the photo with every mouth's box, expression and probability, and its number among several.
 
-    The words are as large as the faces allow, and cover no face and no other word where there is room.
-
-    Parameters
-    ----------
-    photo : uint8 array of shape (H, W, 3), RGB, or (H, W)
-    faces, probabilities
-        As in a `Result`.
-    classes : sequence of str
-    least : int
-        Pixels to which the longer side of small photos is enlarged, and photos of small faces until the words
-        can be read; 0: none is, and where words find no place they are cut to the number.
-    numbers : sequence of int, optional
-        Of the faces (default: from 1).
-
-    Returns
-    -------
-    PIL.Image.Image
+    The photo is a uint8 array of shape (H, W, 3), RGB, or (H, W), the copy a PIL image; faces and their
+    probabilities are as in a `Result`, their numbers begin at 1 where none are given. The words are as large
+    as the faces allow, and cover no face and no other word where there is room; where many find none, they
+    are cut to the number. Small photos are enlarged until their longer side has `least` pixels, and those of
+    small faces until the words can be read; with 0 no photo is.
     """
     numbers = list(numbers or range(1, len(faces) + 1))
     many = len(faces) > 1 or numbers > [1]
@@ -1127,24 +1072,10 @@ def kind_of(path, named=True):
 def list_inputs(inputs, videos=False, skip=None):
     """The photos and, if asked, the videos that are named or in folders that are named, at any depth.
 
-    Parameters
-    ----------
-    inputs : sequence of Path, str or int
-        Files and folders; addresses and numbers of cameras, which are videos.
-    videos : bool
-        List videos too. Animations are videos then, and photos otherwise.
-    skip : Path, optional
-        A folder that is left out where it lies within one that is searched.
-
-    Returns
-    -------
-    photos, videos : list of (Path, Path)
-        Each file, and its path below its input. How many others there are is said on standard error.
-
-    Raises
-    ------
-    FileNotFoundError
-        A folder has none.
+    Inputs are paths of files and folders, and videos' addresses (str) and cameras' numbers (int). Returns two
+    lists of pairs: each file, and its path below its input. Animations are videos if asked for these, else
+    photos. How many other files there are is said on standard error. The folder `skip` is left out where it
+    lies within one that is searched. Raises a FileNotFoundError where a folder has none.
     """
     photos, films = [], []
     for path in inputs:
