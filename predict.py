@@ -52,7 +52,7 @@ import torch
 from PIL import Image, ImageDraw, ImageSequence
 from tqdm import tqdm
 
-from net import PRETRAINED, load_model, predict
+from net import PRETRAINED, confusion_matrix, default_model, load_model, predict, scores_of
 from preprocess_lips import (
     HEIC,
     MAX_FRAMES,
@@ -600,39 +600,20 @@ class Window:
 
 
 def evaluate(pairs, classes):
-    """Scores of predictions.
+    """Scores of the true and the predicted class (pairs of int) of some images: dict.
 
-    Parameters
-    ----------
-    pairs : sequence of (int, int)
-        True and predicted class of every image.
-    classes : sequence of str
-
-    Returns
-    -------
-    dict
-        ``images``, ``accuracy``, ``balanced_accuracy`` (mean of the recalls of the classes that occur),
-        ``classes`` (name to precision, recall, f1, images) and ``confusion`` (rows true, columns predicted).
-        What has no denominator is None.
+    ``images``, ``accuracy``, ``balanced_accuracy`` (mean of the recalls of the classes that occur),
+    ``classes`` (as `net.scores_of` gives them) and ``confusion`` (rows true, columns predicted).
     """
-    matrix = np.zeros((len(classes), len(classes)), int)
-    for truth, guess in pairs:
-        matrix[truth, guess] += 1
-
-    def ratio(a, b):
-        return round(float(a / b), 4) if b else None
-
-    hits, true, guessed = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    recalls = [h / t for h, t in zip(hits, true) if t]
+    truth, guesses = torch.tensor(pairs).T
+    matrix = confusion_matrix(guesses, truth, len(classes))
+    hits = matrix.diagonal()
     return {
-        "images": int(matrix.sum()),
-        "accuracy": ratio(hits.sum(), matrix.sum()),
-        "balanced_accuracy": ratio(sum(recalls), len(recalls)),
-        "classes": {
-            name: dict(precision=ratio(hit, g), recall=ratio(hit, t), f1=ratio(2 * hit, t + g), images=int(t))
-            for name, hit, t, g in zip(classes, hits, true, guessed)
-        },
-        "confusion": matrix.tolist(),
+        "images": len(pairs),
+        "accuracy": round(float(hits.sum() / len(pairs)), 4),
+        "balanced_accuracy": round(float((hits / matrix.sum(1)).nanmean()), 4),
+        "classes": scores_of(matrix, classes),
+        "confusion": matrix.int().tolist(),
     }
 
 
@@ -674,40 +655,29 @@ def evaluate_folder(folder, model, crops):
     return scores | {"skipped": len(cards) - len(seen), "contradicted": contradicted}, cards
 
 
-def evaluation_text(scores):
-    """Two tables, a line and the most contradicted photos, texts for the scores of `evaluate_folder`."""
-
-    def percent(value):
-        return "-" if value is None else f"{value:.1%}"
-
-    names = list(map(printable, scores["classes"]))
-    rows = [[name, one["images"], *(percent(one[key]) for key in ("precision", "recall", "f1"))]
-            for name, one in zip(names, scores["classes"].values())]
-    confusion = [[name, *row] for name, row in zip(names, scores["confusion"])]
-    skipped = f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else ""
-    text = [
-        text_table(["class", "images", "precision", "recall", "f1"], rows),
-        text_table(["true \\ predicted", *names], confusion),
-        f"accuracy {percent(scores['accuracy'])}, balanced accuracy {percent(scores['balanced_accuracy'])}"
-        f" on {scores['images']} images{skipped}",
-    ]
-    if scores["contradicted"]:
-        lines = ["most confidently contradicted (wrong labels are among them; --save DIR shows them all):"]
-        for one in scores["contradicted"][:8]:
-            lines.append(printable(f"  {one['source']}  {one['label']} {one['probability']:.1%}"))
-        text.append("\n".join(lines))
-    return text
-
-
 def print_evaluation(args, model):
     """Score the model on the folder of --evaluate and print it; with --save make a page of it."""
     page = args.save and own_page(args.save / "evaluation.html")
     scores, cards = evaluate_folder(args.evaluate, model, args.crops)
-    text = evaluation_text(scores)
-    print(json_line(scores) if args.json else "\n\n".join(text))
+    skipped = f"; {scores['skipped']} without a face or unreadable" if scores["skipped"] else ""
+    summary = (f"accuracy {scores['accuracy']:.1%}, balanced accuracy {scores['balanced_accuracy']:.1%} "
+               f"on {scores['images']} images{skipped}")
+    if args.json:
+        print(json_line(scores))
+    else:
+        names, keys = list(map(printable, scores["classes"])), ("precision", "recall", "f1")
+        rows = [[name, one["images"], *("-" if one[key] is None else f"{one[key]:.1%}" for key in keys)]
+                for name, one in zip(names, scores["classes"].values())]
+        confusion = [[name, *row] for name, row in zip(names, scores["confusion"])]
+        print(text_table(["class", "images", *keys], rows),
+              text_table(["true \\ predicted", *names], confusion), summary, sep="\n\n")
+        if scores["contradicted"]:
+            print("\nmost confidently contradicted (wrong labels are among them; --save DIR shows them all):")
+        for one in scores["contradicted"][:8]:
+            print(printable(f"  {one['source']}  {one['label']} {one['probability']:.1%}"))
     if page:
         start = {"only": "wrong" if scores["contradicted"] else "", "order": "sure"}
-        write_page(page, cards, model.classes, f"{args.evaluate}: {text[2]}", start)
+        write_page(page, cards, model.classes, f"{args.evaluate}: {summary}", start)
         print(printable(f"all photos to look through: {page}"), file=sys.stderr if args.json else sys.stdout)
 
 
@@ -1198,7 +1168,7 @@ def main(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(line_buffering=True)  # for programs that read lines as they come
         torch.set_num_threads(1)  # faces are found on all cores meanwhile
-        model = load_model(args.model)
+        model = load_model(args.model or default_model())  # without a path it would warn
         print_model(args, model)
         if args.evaluate:
             print_evaluation(args, model)
