@@ -41,12 +41,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-# read when OpenCV is loaded: of a missing camera it would say the same in a dozen lines
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-
-import cv2
-
-import av  # isort: skip (after OpenCV, whose windows freeze where PyAV's libxcb is loaded first)
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageSequence
@@ -59,9 +53,11 @@ from preprocess_lips import (
     MAX_PIXELS,
     NO_CLASSES,
     Face,
+    Later,
     LipCropper,
     command_line,
     cores,
+    cv2,
     font_hint,
     is_heic,
     is_hidden,
@@ -75,6 +71,10 @@ from preprocess_lips import (
     write_file,
     writing,
 )
+
+# read when OpenCV is loaded: of a missing camera it would say the same in a dozen lines
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+av = Later("av")  # after OpenCV, whose windows freeze where PyAV's libxcb is loaded first
 
 BATCH = 32  # photos whose faces go through the network together
 NO_FACE = "no face found"  # the error of a photo that is readable
@@ -1162,12 +1162,13 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    gc.freeze()  # what is loaded stays; to look for garbage in it at the end would take half a second
     args = parse_args(argv)
     with command_line("what was sorted or saved stays"):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(line_buffering=True)  # for programs that read lines as they come
         torch.set_num_threads(1)  # faces are found on all cores meanwhile
+        cv2.setNumThreads(1)
+        gc.freeze()  # what is loaded stays; to look for garbage in it at the end would take half a second
         model = load_model(args.model or default_model())  # without a path it would warn
         print_model(args, model)
         if args.evaluate:
