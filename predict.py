@@ -55,6 +55,7 @@ from preprocess_lips import (
     Face,
     Later,
     LipCropper,
+    cascade_detector,
     command_line,
     cores,
     cv2,
@@ -201,13 +202,12 @@ def photo_line(one):
 
 def predict_files(files, model, crops, largest=False):
     """`predict_photos` with a progress bar, and a warning where a few crops are not square or hold a face."""
-    cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades, "haarcascade_frontalface_default.xml")))
 
     def is_photo(file):
         with contextlib.suppress(OSError):
             photo = read_photo(file)
             small = cv2.resize(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), (256, 256))
-            faces = cascade.detectMultiScale(small, 1.1, 4, minSize=(100, 100))
+            faces = cascade_detector("default", None).detectMultiScale(small, 1.1, 4, minSize=(100, 100))
             return len(faces) > 0 or max(photo.shape[:2]) > 1.2 * min(photo.shape[:2])
 
     some = files[::-(-len(files) // 8)] if crops and files else []
