@@ -193,6 +193,11 @@ def json_line(value):
     return text if printable(text).encode(encoding, "replace").decode(encoding) == text else json.dumps(value)
 
 
+def say(text, aside=False):
+    """Print a line that no name can break; aside: on standard error, where it is in no program's way."""
+    print(printable(text), file=sys.stderr if aside else sys.stdout)
+
+
 def photo_line(one):
     """Words for an object of `as_json`."""
     if one["face"] is None:
@@ -209,11 +214,12 @@ def predict_files(files, model, crops, largest=False):
             small = cv2.resize(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), (256, 256))
             faces = cascade_detector("default", None).detectMultiScale(small, 1.1, 4, minSize=(100, 100))
             return len(faces) > 0 or max(photo.shape[:2]) > 1.2 * min(photo.shape[:2])
+        return False
 
     some = files[::-(-len(files) // 8)] if crops and files else []
-    if some and 4 * sum(map(bool, map(is_photo, some))) >= len(some):  # one mouth in sixty looks like a face
-        text = f"{some[0]} and others look like whole photos, of which --crops makes nonsense: leave it out"
-        print(printable(text), file=sys.stderr)
+    if some and 4 * sum(map(is_photo, some)) >= len(some):  # one mouth in sixty looks like a face
+        say(f"{some[0]} and others look like whole photos, of which --crops makes nonsense: leave it out",
+            aside=True)
     results, quiet = predict_photos(files, model, crops, largest=largest), None if len(files) > 1 else True
     return tqdm(results, total=len(files), unit="photo", leave=False, disable=quiet)
 
@@ -523,11 +529,10 @@ def print_video(video, relative, model, args, copies, window=None):
         poster = copies.name(relative, ".jpg")
         save_jpeg(first, copies.folder / poster)
     if cut:
-        text = f"{video.source}  cut short or damaged: {n} of {video.frames} frames can be decoded"
-        print(printable(text), file=sys.stderr if args.json else sys.stdout)
+        say(f"{video.source}  cut short or damaged: {n} of {video.frames} frames can be decoded", args.json)
     if not args.json:
         shares = (f"{label or 'no face'} {n / labels.total():.0%}" for label, n in labels.most_common())
-        print(printable(f"{video.source}  {', '.join(shares)}"))
+        say(f"{video.source}  {', '.join(shares)}")
     rows = [[labels[name] / labels.total() for name in model.classes]] if labels.keys() - {""} else []
     strip = [(start, until, top) for (start, top), (until, _) in zip(turns, [*turns[1:], (end, None)])]
     return Card(video.source, name, rows, "" if rows else NO_FACE, poster, strip, end)
@@ -535,10 +540,9 @@ def print_video(video, relative, model, args, copies, window=None):
 
 def print_videos(files, model, args, copies):
     """Predict videos and print a line for every change; otherwise as `print_photos`."""
-    live = args.camera is not None and not args.json
-    if live and not has_screen():
-        live = False
-        print("no screen for a window, so only lines; Ctrl-C ends", file=sys.stderr)
+    live = args.camera and not args.json
+    if live and not (live := has_screen()):
+        say("no screen for a window, so only lines; Ctrl-C ends", aside=True)
     for source, relative in files:
         card = Card(source, None, [], "")
         try:
@@ -570,22 +574,21 @@ class Window:
     """The live window."""
 
     def __init__(self, title):
-        self.title, self.start, self.last, self.gap = title, None, 0.0, 0.0
+        self.title, self.start, self.shown = title, 0.0, deque(maxlen=30)  # when the last frames came
 
     def show(self, moment, classes):
         """Show a frame when its time has come; returns whether to go on."""
         now = time.perf_counter()
-        if self.start is None:
+        if not self.shown:
             height, width = moment.frame.shape[:2]
             flags = cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | getattr(cv2, "WINDOW_GUI_NORMAL", 0)
             cv2.namedWindow(self.title, flags)
             cv2.resizeWindow(self.title, width, height)
             self.start = now
-        else:
-            self.gap += (now - self.last - self.gap) * (0.05 if self.gap else 1)
-        self.last = now
+        self.shown.append(now)
+        rate = (len(self.shown) - 1) / max(now - self.shown[0], 0.001)
         picture = annotate(moment.frame, moment.faces, moment.probabilities, classes, 0, moment.numbers)
-        draw_bars(picture, moment.largest, classes, 1 / self.gap if self.gap else 0)
+        draw_bars(picture, moment.largest, classes, rate)
         cv2.imshow(self.title, cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
         # files play at their own speed; a camera's frames are always due
         early = self.start + moment.time - time.perf_counter()
@@ -674,11 +677,11 @@ def print_evaluation(args, model):
         if scores["contradicted"]:
             print("\nmost confidently contradicted (wrong labels are among them; --save DIR shows them all):")
         for one in scores["contradicted"][:8]:
-            print(printable(f"  {one['source']}  {one['label']} {one['probability']:.1%}"))
+            say(f"  {one['source']}  {one['label']} {one['probability']:.1%}")
     if page:
         start = {"only": "wrong" if scores["contradicted"] else "", "order": "sure"}
         write_page(page, cards, model.classes, f"{args.evaluate}: {summary}", start)
-        print(printable(f"all photos to look through: {page}"), file=sys.stderr if args.json else sys.stdout)
+        say(f"all photos to look through: {page}", args.json)
 
 
 # --- sorting
@@ -689,14 +692,13 @@ class Tray:
 
     def __init__(self, folder, link):
         self.folder, self.link = folder, link
-        self.rows = {}  # of photos that were sorted, by the names of their copies, moved since or not
+        self.rows = {}  # of photos that were sorted, by the folded names of their copies, moved since or not
         if (folder / SORTED).is_file():
             for line in (folder / SORTED).read_text("utf-8", "replace").splitlines():
                 with contextlib.suppress(ValueError):  # an empty line, or one cut short by a kill
                     row = json.loads(line)
-                    self.rows[row["copy"]] = row
+                    self.rows[row["copy"].casefold()] = row
         self.stamps = {row["source"]: (row["bytes"], row["mtime_ns"]) for row in self.rows.values()}
-        self.taken = {copy.casefold() for copy in self.rows}
         sweep(folder, *(path for path in folder.iterdir() if path.is_dir()))
 
     def has(self, photo):
@@ -715,7 +717,7 @@ class Tray:
             start = "-".join(filter(None, [head, likeliest, str(n) if n > 1 else ""]))
             copy = Path(label, file_name(start + "_" if start else "", stem, photo.suffix))
             target = self.folder / copy
-            if copy.as_posix().casefold() in self.taken:
+            if copy.as_posix().casefold() in self.rows:
                 continue
             if not target.exists():
                 self._place(photo, target)
@@ -727,18 +729,17 @@ class Tray:
                      "copy": copy.as_posix()}
         with writing(self.folder / SORTED), open(self.folder / SORTED, "a", encoding="utf-8") as record:
             record.write("\n" + json.dumps(row))  # after what a kill cut short
-        self.rows[row["copy"]] = row
-        self.taken.add(row["copy"].casefold())
+        self.rows[row["copy"].casefold()] = row
         return target
 
     def cards(self, classes):
         """A `Card` for each copy that is still in the folder, moved within it since or not, sorted."""
         files = (path for path in self.folder.glob("*/*") if not any(map(is_hidden, path.parts[-2:])))
         here = {path.relative_to(self.folder).as_posix(): path for path in files}
-        places = [here.pop(copy, None) for copy in self.rows]
+        places = [here.pop(row["copy"], None) for row in self.rows.values()]
         moved = {path.name: path for path in here.values()}
-        for place, (copy, row) in zip(places, self.rows.items()):
-            place = place or moved.pop(Path(copy).name, None)
+        for place, row in zip(places, self.rows.values()):
+            place = place or moved.pop(Path(row["copy"]).name, None)
             if place and "face" in row:  # which records of earlier versions lack
                 rows = [[row["probabilities"].get(name, 0) for name in classes]] if row["face"] else []
                 boxes = [row["mouth"]] if row["face"] else []
@@ -766,7 +767,7 @@ def sort_photos(args, model):
             raise ValueError(f"{path}: lies in {args.sort}, where sorted photos go; name another folder")
     files = list({file.resolve(): file for file, _ in list_inputs(args.inputs, skip=args.sort)[0]}.values())
     page = own_page(Path(f"{args.sort}.html"))  # beside the folder, in which later steps would count it
-    counts, unreadable = Counter(), []
+    counts, unreadable, (unsure, no_face) = Counter(), [], NO_CLASSES
     with locked(args.sort / ".lock"):
         tray = Tray(args.sort, args.link)
         new = [file for file in files if not (file.is_file() and tray.has(file))]
@@ -774,7 +775,8 @@ def sort_photos(args, model):
             for result in predict_files(new, model, args.crops, largest=True):
                 [one] = as_json(result, model.classes)
                 if result.error in ("", NO_FACE):
-                    label, p = verdict(result, model.classes, args.sure)
+                    p = float(result.probabilities.max()) if result.faces else None
+                    label = no_face if p is None else one["label"] if p >= args.sure else unsure
                     one["sorted"] = str(tray.add(result.source, one, label, p))
                     counts[label] += 1
                 else:
@@ -793,15 +795,6 @@ def sort_photos(args, model):
         sys.exit(1)
 
 
-def verdict(result, classes, sure):
-    """The folder that a photo is sorted into, and the probability of its label (None: no face)."""
-    unsure, no_face = NO_CLASSES
-    if not result.faces:
-        return no_face, None
-    row = result.probabilities[0]
-    return classes[row.argmax()] if row.max() >= sure else unsure, float(row.max())
-
-
 def print_sorted(args, model, counts, before, unreadable, page):
     """What went where, and what to do next."""
     if counts:
@@ -811,11 +804,11 @@ def print_sorted(args, model, counts, before, unreadable, page):
     done += f", {before} left alone since they were sorted before" if before else ""
     done += f", {unreadable} left out since they cannot be read" if unreadable else ""
     script = "split_train_val.py" if args.crops else "preprocess_lips.py"
-    print(printable(done))
-    print(printable(f"Look at {page}, or into the folders, where names begin with the probability, so the "
-                    "doubtful come first: move what is wrong, or delete it."))
-    print(printable(f"Then: {shlex.join(['python', script, str(args.sort)])}"
-                    f" (what is left in {' and '.join(NO_CLASSES)} is in no class)"))
+    say(done)
+    say(f"Look at {page}, or into the folders, where names begin with the probability, so the doubtful come "
+        "first: move what is wrong, or delete it.")
+    say(f"Then: {shlex.join(['python', script, str(args.sort)])} "
+        f"(what is left in {' and '.join(NO_CLASSES)} is in no class)")
 
 
 # --- pictures and page
@@ -840,15 +833,12 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED, numbers=None
     numbers = list(numbers or range(1, len(faces) + 1))
     many = len(faces) > 1 or numbers > [1]
     widths = [face.box[2] - face.box[0] for face in faces]
-    scale = 1.0
-    if least:
-        longer = max(photo.shape[:2])
-        words = WORDS * LEAST_WORDS / min(widths, default=longer)
-        scale = max(1.0, least / longer, min(words, MOST_ENLARGED / longer))
+    longer = max(photo.shape[:2])
+    words = WORDS * LEAST_WORDS / min(widths, default=longer)
+    scale = max(1.0, least / longer, min(words, MOST_ENLARGED / longer)) if least else 1.0
     photo = Image.fromarray(photo).convert("RGB")
     if scale > 1:
-        size = round(photo.width * scale), round(photo.height * scale)
-        photo = photo.resize(size, Image.Resampling.BICUBIC)
+        photo = photo.resize([round(side * scale) for side in photo.size], Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(photo)
     side = min(photo.size)
     line = max(2, side // 300)
@@ -905,7 +895,7 @@ def draw_bars(picture, row, classes, rate):
     step, width = size + 8, max(picture.width // 4, 10 * size)
     digits, _ = load_font("0", size)
     draw.rectangle((0, 0, width + 12, (len(classes) + 1) * step + 8), (0, 0, 0, 150))
-    for i, (name, p) in enumerate(zip(classes, np.zeros(len(classes)) if row is None else row)):
+    for i, (name, p) in enumerate(zip(classes, [0] * len(classes) if row is None else row)):
         draw.rectangle((6, 6 + i * step, 6 + p * width, 2 + (i + 1) * step), colour(i) + "90")
         font, name = load_font(name, size)
         draw.text((10, 7 + i * step), name, "white", font)
@@ -926,20 +916,15 @@ class Copies:
     def __init__(self, folder, files):
         self.folder, self.page = folder, own_page(folder / "index.html")
         self.originals = {file.resolve().parent for file, _ in files}  # where nothing is written over
-        self.used = {self._place(file) for file, _ in files}
-
-    @staticmethod
-    def _place(path):
-        """A file's place, the same for all its names: disks may not tell a.JPG from a.jpg."""
-        return str(path.resolve()).casefold()
+        self.used = {str(file.resolve()).casefold() for file, _ in files}  # a.JPG may be the same as a.jpg
 
     def name(self, relative, suffix):
         """Where below the folder a copy goes: over none of the inputs, and over no other copy."""
         for n in itertools.count(1):
             name = relative.with_name(file_name("", relative.stem, ("" if n == 1 else f"_{n}") + suffix))
-            path = self.folder / name
-            place = self._place(path)
-            if place not in self.used and not (path.exists() and path.resolve().parent in self.originals):
+            path = (self.folder / name).resolve()
+            place = str(path).casefold()
+            if place not in self.used and not (path.exists() and path.parent in self.originals):
                 self.used.add(place)
                 return name
 
@@ -1065,33 +1050,34 @@ def list_inputs(inputs, videos=False, skip=None):
             kinds[kind if kind in kinds else "video" if videos else "photo"].append((file, below))
         photos += kinds["photo"]
         films += (more := kinds.pop("video") if videos else [])
+        found = kinds.pop("photo") + more
         others = " and ".join(f"{len(files)} {kind}{'s' * (len(files) > 1)}"
-                              for kind, files in kinds.items() if files and kind != "photo")
-        if not named and not kinds["photo"] + more:
+                              for kind, files in kinds.items() if files)
+        if not named and not found:
             text = f"{path}: no photos {'or videos ' * videos}in this folder"
             raise FileNotFoundError(text + f", but {others}" * bool(others))
         if others:
-            print(printable(f"{path}: left out {others}"), file=sys.stderr)
+            say(f"{path}: left out {others}", aside=True)
     return photos, films
 
 
 def print_inputs(args, model):
     """Predict all inputs, print what is found, and save copies and a page of them if asked."""
     photos, videos = list_inputs(args.inputs, videos=not args.crops, skip=args.save)
-    cards, copies = ([], []), None
+    cards, copies = [], None
     with locked(args.save / ".lock") if args.save else contextlib.nullcontext():
         if args.save:
             sweep(args.save, *(path for path in args.save.rglob("*") if path.is_dir()))
             copies = Copies(args.save, [one for one in photos + videos if isinstance(one[0], Path)])
         try:
-            cards[0].extend(print_photos(photos, model, args, copies))
-            cards[1].extend(print_videos(videos, model, args, copies))
+            cards.extend(print_photos(photos, model, args, copies))
+            cards.extend(print_videos(videos, model, args, copies))
         finally:  # a page of what was done before Ctrl-C
             if copies:
-                write_page(copies.page, sum(cards, []), model.classes, ", ".join(map(str, args.inputs)))
+                write_page(copies.page, cards, model.classes, ", ".join(map(str, args.inputs)))
     if not args.json:
-        print_summary(*cards, copies)
-    failed = [card for card in sum(cards, []) if card.error not in ("", NO_FACE)]
+        print_summary(cards[:len(photos)], cards[len(photos):], copies)
+    failed = [card for card in cards if card.error not in ("", NO_FACE)]
     # their lines say why; in a folder, files that cannot be read are to be expected
     if any(card.source in args.inputs or not card.error.startswith("unreadable") for card in failed):
         sys.exit(1)
@@ -1109,7 +1095,7 @@ def print_summary(photos, videos, copies):
     if copies:
         done.append(f"annotated copies in {copies.folder}, look at {copies.page}")
     if done:
-        print(printable("; ".join(done)))
+        say("; ".join(done))
 
 
 def parse_args(argv):
@@ -1143,9 +1129,9 @@ def parse_args(argv):
     add("--link", action="store_true", help="hard links instead of copies: no disk space, one file system")
 
     args = parser.parse_args(argv)
-    if not args.inputs and not args.evaluate and args.camera is None:
+    if not (args.inputs or args.evaluate or args.camera):
         parser.error("name photos, videos or a folder, or --camera 0, or --evaluate DIR")
-    if args.camera is not None and (args.inputs or args.evaluate or args.crops or args.sort):
+    if args.camera and (args.inputs or args.evaluate or args.crops or args.sort):
         parser.error("--camera goes with --model, --json and --save only")
     if not 0 <= args.sure <= 1:
         parser.error("--sure must be between 0 and 1")
@@ -1154,7 +1140,7 @@ def parse_args(argv):
     if args.sort and (args.save or args.evaluate or not args.inputs):
         parser.error("--sort goes with photos or folders of them and with no other task, nor with --save")
     args.inputs = [one for text in args.inputs for one in find_inputs(text)]
-    if args.camera is not None:
+    if args.camera:
         args.inputs = [int(args.camera)] if args.camera.isdecimal() else find_inputs(args.camera)
     if (args.sort or args.crops) and (far := next(filter(is_address, args.inputs), None)):
         parser.error(f"{far}: photos are not fetched from addresses; download them first")
@@ -1181,13 +1167,12 @@ def print_model(args, model):
     """Say which weights were taken if none were named, and what is missing beside them."""
     if not args.model:
         what = ", which come with the project" if model.path == PRETRAINED else ""
-        print(printable(f"weights: {model.path}{what}"), file=sys.stderr if args.json else sys.stdout)
+        say(f"weights: {model.path}{what}", args.json)
     if args.save and (hint := font_hint(model.classes)):
-        print(printable(hint), file=sys.stderr)
+        say(hint, aside=True)
     if not model.about:
-        names = ", ".join(model.classes)
-        text = f"{model.path.with_suffix('.json')} is missing: the classes are called {names}"
-        print(printable(text), file=sys.stderr)
+        missing, names = model.path.with_suffix(".json"), ", ".join(model.classes)
+        say(f"{missing} is missing: the classes are called {names}", aside=True)
 
 
 if __name__ == "__main__":
