@@ -544,17 +544,16 @@ def print_videos(files, model, args, copies):
     if live and not (live := has_screen()):
         say("no screen for a window, so only lines; Ctrl-C ends", aside=True)
     for source, relative in files:
-        card = Card(source, None, [], "")
         try:
             video = Video(source, sound=bool(copies))
         except OSError as problem:
-            card = card._replace(error=f"unreadable: {problem.strerror or problem}")
+            card = Card(source, None, [], f"unreadable: {problem.strerror or problem}")
         else:
             window = Window(f"{source} - q quits") if live else None
             try:
                 card = print_video(video, relative, model, args, copies, window)
             except NotWritten as problem:
-                card = card._replace(error=str(problem))
+                card = Card(source, None, [], str(problem))
         if card.error not in ("", NO_FACE):
             one = {"source": str(source), "face": None, "error": card.error}
             print(json_line(one) if args.json else photo_line(one))
@@ -648,12 +647,11 @@ def evaluate_folder(folder, model, crops):
     if not seen:
         hint = "" if crops else "; if they are mouth crops, add --crops"
         raise ValueError(f"{folder}: no face in any of {len(files)} photos{hint}")
-    contradicted = [
+    contradicted = sorted((
         {"source": str(card.source), "folder": card.folder, "label": model.classes[guess],
          "probability": round(float(card.rows[0][guess]), 4)}
         for card, guess in seen if card.folder != model.classes[guess]
-    ]
-    contradicted.sort(key=lambda one: -one["probability"])
+    ), key=lambda one: -one["probability"])
     scores = evaluate([(model.classes.index(card.folder), guess) for card, guess in seen], model.classes)
     return scores | {"skipped": len(cards) - len(seen), "contradicted": contradicted}, cards
 
@@ -914,9 +912,11 @@ class Copies:
     """The folder of --save: annotated copies of `files` (as of `list_inputs`), and a page of them."""
 
     def __init__(self, folder, files):
+        sweep(folder, *(path for path in folder.rglob("*") if path.is_dir()))
         self.folder, self.page = folder, own_page(folder / "index.html")
-        self.originals = {file.resolve().parent for file, _ in files}  # where nothing is written over
-        self.used = {str(file.resolve()).casefold() for file, _ in files}  # a.JPG may be the same as a.jpg
+        places = [file.resolve() for file, _ in files if isinstance(file, Path)]
+        self.originals = {place.parent for place in places}  # where nothing is written over
+        self.used = {str(place).casefold() for place in places}  # a.JPG may be the same as a.jpg
 
     def name(self, relative, suffix):
         """Where below the folder a copy goes: over none of the inputs, and over no other copy."""
@@ -1067,8 +1067,7 @@ def print_inputs(args, model):
     cards, copies = [], None
     with locked(args.save / ".lock") if args.save else contextlib.nullcontext():
         if args.save:
-            sweep(args.save, *(path for path in args.save.rglob("*") if path.is_dir()))
-            copies = Copies(args.save, [one for one in photos + videos if isinstance(one[0], Path)])
+            copies = Copies(args.save, photos + videos)
         try:
             cards.extend(print_photos(photos, model, args, copies))
             cards.extend(print_videos(videos, model, args, copies))
@@ -1088,8 +1087,8 @@ def print_summary(photos, videos, copies):
     done = []
     if photos:
         faces, found = sum(len(card.rows) for card in photos), sum(not card.error for card in photos)
-        one, all_one = "" if faces == 1 else "s", "" if len(photos) == 1 else "s"
-        done.append(f"{faces} face{one} in {found} of {len(photos)} photo{all_one}")
+        done.append(f"{faces} face{'s' * (faces != 1)} in {found} of "
+                    f"{len(photos)} photo{'s' * (len(photos) != 1)}")
     if len(videos) > 1:
         done.append(f"{sum(not card.error for card in videos)} of {len(videos)} videos have faces")
     if copies:

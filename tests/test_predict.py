@@ -15,7 +15,7 @@ from wcwidth import wcswidth
 
 from net import load_model, save_model, simpleconv3
 from predict import PALETTE, annotate, evaluate, main, predict_photos
-from preprocess_lips import locked, read_csv
+from preprocess_lips import Later, locked, read_csv
 
 
 def test_one_line_a_face_and_one_for_what_has_none(inside, model, two_faces, tmp_path):
@@ -360,6 +360,14 @@ def test_evaluate_leaves_out_what_sort_could_not_place(
     out = inside("predict.py", "--evaluate", "sorted", "--save", "seen").stdout
     assert "on 1 images" in out and "contradicted" not in out
     assert len(page_data(tmp_path / "seen" / "evaluation.html")["cards"]) == 1
+
+
+def test_a_module_that_cannot_be_loaded_is_one_line(inside, model, monkeypatch):
+    import predict
+
+    monkeypatch.setattr(predict, "cv2", Later("no_such_module"))
+    said = inside("predict.py", "x.jpg", check=1).stderr
+    assert said.startswith("error: no_such_module cannot be loaded") and said.count("\n") == 1
 
 
 def test_errors_name_the_way_out(inside, model, photos, tmp_path):
