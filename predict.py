@@ -198,11 +198,10 @@ def say(text, aside=False):
     print(printable(text), file=sys.stderr if aside else sys.stdout)
 
 
-def photo_line(one):
-    """Words for an object of `as_json`."""
-    if one["face"] is None:
-        return printable(f"{one['source']}  {one['error']}")
-    return printable(f"{one['source']}  face {one['face']}  {one['label']}  {one['probability']:.1%}")
+def show(one, args):
+    """Print an object of `as_json` above the progress bar, as it is with --json and otherwise in words."""
+    words = f"face {one['face']}  {one['label']}  {one['probability']:.1%}" if one["face"] else one["error"]
+    tqdm.write(json_line(one) if args.json else printable(f"{one['source']}  {words}"))
 
 
 def predict_files(files, model, crops, largest=False):
@@ -228,7 +227,7 @@ def print_photos(files, model, args, copies):
     """Predict photos (pairs of `list_inputs`), print lines, save copies if asked; yield a Card for each."""
     for result, (file, relative) in zip(predict_files([file for file, _ in files], model, args.crops), files):
         for one in as_json(result, model.classes):
-            tqdm.write(json_line(one) if args.json else photo_line(one))
+            show(one, args)
         copy, boxes = None, []
         if copies and result.error in ("", NO_FACE):
             copy, photo = copies.name(relative, ".jpg"), read_photo(file)
@@ -344,9 +343,8 @@ class Video:
         start = None if file.start_time is None else file.start_time / av.time_base
         length = (picture.duration or 0) * picture.time_base or (file.duration or 0) / av.time_base
         self.seconds = float(max(length, picture.frames / self.rate))  # of a cut AVI the first is a guess
-        self.frames = picture.frames or round(length * self.rate)
-        if picture.disposition & av.stream.Disposition.attached_pic:  # a song's cover
-            self.frames = 1
+        cover = picture.disposition & av.stream.Disposition.attached_pic  # of a song
+        self.frames = 1 if cover else picture.frames or round(length * self.rate)
         size, now, convert = None, 0.0, av.video.reformatter.VideoReformatter().reformat
         with contextlib.suppress(av.FFmpegError):  # what breaks off has ended
             for packet in file.demux([picture, self.sound] if self.sound else picture):
@@ -531,7 +529,8 @@ def print_video(video, relative, model, args, copies, window=None):
     if cut:
         say(f"{video.source}  cut short or damaged: {n} of {video.frames} frames can be decoded", args.json)
     if not args.json:
-        shares = (f"{label or 'no face'} {n / labels.total():.0%}" for label, n in labels.most_common())
+        counts = labels.most_common()
+        shares = (f"{label or 'no face'} {count / labels.total():.0%}" for label, count in counts)
         say(f"{video.source}  {', '.join(shares)}")
     rows = [[labels[name] / labels.total() for name in model.classes]] if labels.keys() - {""} else []
     strip = [(start, until, top) for (start, top), (until, _) in zip(turns, [*turns[1:], (end, None)])]
@@ -555,8 +554,7 @@ def print_videos(files, model, args, copies):
             except NotWritten as problem:
                 card = Card(source, None, [], str(problem))
         if card.error not in ("", NO_FACE):
-            one = {"source": str(source), "face": None, "error": card.error}
-            print(json_line(one) if args.json else photo_line(one))
+            show({"source": str(source), "face": None, "error": card.error}, args)
         yield card
 
 
@@ -634,8 +632,7 @@ def evaluate_folder(folder, model, crops):
              if len(path.parts) > 1 and path.parts[0] not in no_classes]
     if not files:
         raise FileNotFoundError(f"{folder}: no photos in class folders")
-    unknown = sorted({path.parts[0] for _, path in files} - set(model.classes))
-    if unknown:
+    if unknown := sorted({path.parts[0] for _, path in files} - set(model.classes)):
         names = ", ".join(model.classes)
         raise ValueError(f"{folder}: holds {unknown[0]}, which is none of the model's classes ({names})")
     cards = []
@@ -717,11 +714,10 @@ class Tray:
             target = self.folder / copy
             if copy.as_posix().casefold() in self.rows:
                 continue
-            if not target.exists():
-                self._place(photo, target)
+            if not target.exists() or target.read_bytes() == photo.read_bytes():  # placed, but a kill came
                 break
-            if target.read_bytes() == photo.read_bytes():  # a kill came before the record
-                break
+        if not target.exists():
+            self._place(photo, target)
         about = photo.stat()
         row = one | {"source": str(photo.resolve()), "bytes": about.st_size, "mtime_ns": about.st_mtime_ns,
                      "copy": copy.as_posix()}
@@ -779,10 +775,8 @@ def sort_photos(args, model):
                     counts[label] += 1
                 else:
                     unreadable.append(result.source)
-                if args.json:
-                    tqdm.write(json_line(one))
-                elif "sorted" not in one:
-                    tqdm.write(photo_line(one))
+                if args.json or "sorted" not in one:
+                    show(one, args)
         finally:  # a page of what was done before Ctrl-C
             cards = sorted(tray.cards(model.classes))
             about = f"{args.sort}: {len(cards)} sorted photos"
@@ -815,10 +809,6 @@ def print_sorted(args, model, counts, before, unreadable, page):
 PALETTE = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#bbbbbb")
 
 
-def colour(label):
-    return PALETTE[label % len(PALETTE)]
-
-
 def annotate(photo, faces, probabilities, classes, least=MIN_SAVED, numbers=None):
     """A copy of the photo with every mouth's box, expression and probability, and its number among several.
 
@@ -847,9 +837,10 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED, numbers=None
     taken = [(*head, 1) for head in heads] + [(*mouth, 20) for mouth in mouths]
     for face, head, row, number, width in zip(faces, heads, probabilities, numbers, widths):
         label = int(row.argmax())
+        colour = PALETTE[label % len(PALETTE)]
         box = [min(max(v * scale, 0), length - 1) for v, length in zip(face.mouth, 2 * photo.size)]
         draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="black", width=line + 2)
-        draw.rectangle(box, outline=colour(label), width=line)
+        draw.rectangle(box, outline=colour, width=line)
         large = int(min(max(side // 20, 15), max(width * scale / WORDS, LEAST_WORDS)))
         large = large if large < 20 else large // 4 * 4  # or a video's words would never rest
         name, percent = f"{number}: " * many + classes[label], f" {row.max():.0%}"
@@ -862,7 +853,7 @@ def annotate(photo, faces, probabilities, classes, least=MIN_SAVED, numbers=None
             if not covered:
                 break
         taken.append((x, y, x + width, y + height, 20))
-        draw.rectangle((x, y, x + width - 1, y + height - 1), colour(label), "black")
+        draw.rectangle((x, y, x + width - 1, y + height - 1), colour, "black")
         draw.text((x + 4, y + 3 + size * 0.4), name + percent, "black", font, anchor="lm")
     return photo
 
@@ -893,11 +884,12 @@ def draw_bars(picture, row, classes, rate):
     step, width = size + 8, max(picture.width // 4, 10 * size)
     digits, _ = load_font("0", size)
     draw.rectangle((0, 0, width + 12, (len(classes) + 1) * step + 8), (0, 0, 0, 150))
-    for i, (name, p) in enumerate(zip(classes, [0] * len(classes) if row is None else row)):
-        draw.rectangle((6, 6 + i * step, 6 + p * width, 2 + (i + 1) * step), colour(i) + "90")
+    shares = [0] * len(classes) if row is None else row
+    for y, name, p, colour in zip(itertools.count(6, step), classes, shares, itertools.cycle(PALETTE)):
+        draw.rectangle((6, y, 6 + p * width, y + step - 4), colour + "90")
         font, name = load_font(name, size)
-        draw.text((10, 7 + i * step), name, "white", font)
-        draw.text((width, 7 + i * step), f"{p:.0%}", "white", digits, anchor="ra")
+        draw.text((10, y + 1), name, "white", font)
+        draw.text((width, y + 1), f"{p:.0%}", "white", digits, anchor="ra")
     text = f"{rate:.0f} frames/s" + ("  no face" if row is None else "")
     draw.text((10, 7 + len(classes) * step), text, "white", digits)
 
@@ -1048,12 +1040,12 @@ def list_inputs(inputs, videos=False, skip=None):
                 continue
             kind = kind_of(file, named)
             kinds[kind if kind in kinds else "video" if videos else "photo"].append((file, below))
-        photos += kinds["photo"]
-        films += (more := kinds.pop("video") if videos else [])
-        found = kinds.pop("photo") + more
+        found = kinds.pop("photo"), kinds.pop("video") if videos else []
+        photos += found[0]
+        films += found[1]
         others = " and ".join(f"{len(files)} {kind}{'s' * (len(files) > 1)}"
                               for kind, files in kinds.items() if files)
-        if not named and not found:
+        if not named and not any(found):
             text = f"{path}: no photos {'or videos ' * videos}in this folder"
             raise FileNotFoundError(text + f", but {others}" * bool(others))
         if others:
