@@ -21,7 +21,6 @@ import io
 import json
 import pickle
 import re
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -109,7 +108,7 @@ class smallresnet(nn.Module):
         return self.fc(self.blocks(x).mean((2, 3)))
 
 # What train.py --net can train: each is called with the number of classes, takes N x 3 x 48 x 48 in [-1, 1],
-# and ends in an nn.Linear. model.json records the name.
+# and gives the logits by the nn.Linear that it made last. model.json records the name.
 NETWORKS = {"simpleconv3": simpleconv3, "smallresnet": smallresnet}
 
 
@@ -128,13 +127,17 @@ def new_network(name, classes):
         content of the JSON file beside the weights and ``path`` the file that `load_model` read: {} and None.
     """
     net = NETWORKS[name](len(classes))
+    if not last_layer(net) or last_layer(net)[1].out_features != len(classes):
+        raise ValueError(f"network {name}: the nn.Linear that __init__ makes last must give the logits, "
+                         "one a class")
     net.network, net.classes, net.about, net.path = name, tuple(classes), {}, None
     return net
 
 
 def last_layer(net):
-    """The name and the layer of a network that give the logits: its last nn.Linear."""
-    return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
+    """The name and the layer of a network that give the logits: the nn.Linear that it made last, or None."""
+    linear = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    return linear[-1] if linear else None
 
 
 def features(net, images):
@@ -646,8 +649,8 @@ def layer_table(net):
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack the letters of a name
+    from preprocess_lips import command_line
+
     title, own, *_, examples = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(description=f"{title}\n\n{own}", epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -662,12 +665,17 @@ def main(argv=None):
         parser.error("--export needs a model")
     if args.export and args.export.resolve() == args.model.resolve():
         parser.error("--export would replace the weights; name another file")
-    try:
+    with command_line("nothing is written"):
         net = load_model(args.model) if args.model else new_network("simpleconv3", CLASSES)
         if args.export:
             export_onnx(net, args.export)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {printable(str(error))}")
+        print_model(net)
+        if args.export:
+            print("exported:", printable(str(args.export)))
+
+
+def print_model(net):
+    """Print a network's layers, classes, and what its JSON file says."""
     print(f"input: N x 3 x {CROP_SIZE} x {CROP_SIZE}, RGB, (x / 255 - {MEAN}) / {STD}")
     print(layer_table(net))
     print("network:", net.network)
@@ -675,8 +683,6 @@ def main(argv=None):
     for key, value in net.about.items():
         if key not in {"classes", "network", "weights", "input_size", "mean", "std", "channels"}:
             print(printable(f"{key}: {json.dumps(value, ensure_ascii=False)}"))
-    if args.export:
-        print("exported:", printable(str(args.export)))
 
 
 if __name__ == "__main__":

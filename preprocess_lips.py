@@ -371,7 +371,9 @@ class Search(NamedTuple):
     """One step of the chain by which faces are found. Lengths are shares of the image's longer side."""
 
     name: str  # in the manifest; of a cascade, its file's
-    detect: Callable  # called with the grey image, border and all, and this search: boxes, votes
+    # called with the grey image, border and all, and this search: boxes (left, top, right, bottom) in pixels
+    # of it, as square and large as a frontal cascade draws them, and votes, the surer the more
+    detect: Callable
     side: int  # pixels to which the longer side is scaled; this and the smallest face set the time it takes
     border: float  # replicated border, without which tight faces are not found
     sure: float  # with as many votes, landmarks that look like a face's are believed
@@ -392,7 +394,8 @@ SEARCHES = (
     Search("default", by_cascade, 96, 0.4, NEVER, (0.35, 1.6), 1.05, 2, fallback=True, score=-1),
     Search("alt2", by_cascade, 160, 0.15, NEVER, (0.15, 0.55), 1.15, 3, score=-0.3),
     Search("alt2", by_cascade, 250, 0, NEVER, (0.08, 0.18), 1.1, 1, score=-0.3),
-    Search("alt2", by_cascade, 72, 0.4, NEVER, (0.4, 1.6), 1.1, 3, True, -0.3, turns=(-25, 25)),
+    Search("alt2", by_cascade, 72, 0.4, NEVER, (0.4, 1.6), 1.1, 3, fallback=True, score=-0.3,
+           turns=(-25, 25)),
     Search("hog", by_hog, 240, 0.3, NEVER, fallback=True, score=-0.3),
     Search("alt2", by_cascade, 500, 0, NEVER, (0.04, 0.08), 1.1, 1, score=-0.3),
     Search("alt2", by_cascade, 1000, 0, NEVER, (0.02, 0.04), 1.18, 1, score=-0.3),
@@ -532,7 +535,10 @@ class LipCropper:
         scale = search.side / max(grey.shape)
         pad = round(search.border * search.side)
         small = cv2.copyMakeBorder(_scaled(grey, scale), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-        boxes, votes = search.detect(small, search)
+        try:
+            boxes, votes = search.detect(small, search)
+        except Exception as error:  # no fault of the photo, which an OSError here would be taken for
+            raise ValueError(f"the search {search.name} in SEARCHES failed: {error!r}") from error
         found = sorted(zip(boxes, votes), key=lambda one: one[0][0] - one[0][2])
         return [(tuple((float(v) - pad) / scale for v in box), n >= search.sure) for box, n in found]
 
@@ -638,8 +644,10 @@ def _overlap(a, b):
 def settings():
     """A fingerprint of what decides a crop, for the manifest."""
     decide = (REGION, CROP_MARGIN, CROP_SIDE, MIN_SIDE, MIN_MOUTH, MIN_FACE, MAX_SIDE_RATIO, DECODE_SIDE,
-              SEARCH_SIDE, SMALL_SIDE, FACE_SIDE, LEAST_SHARE, SEARCHES, mouth_box, is_inside, cut)
-    text = json.dumps(decide, default=lambda one: inspect.getsource(one) if callable(one) else repr(one))
+              SEARCH_SIDE, SMALL_SIDE, FACE_SIDE, LEAST_SHARE, SEARCHES, FITS, SAME_FIT, NEAR_NOSE, plausible,
+              mouth_box, is_inside, cut)
+    text = json.dumps(
+        decide, default=lambda one: inspect.getsource(one) if inspect.isfunction(one) else repr(one))
     return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 

@@ -250,6 +250,16 @@ def test_other_networks_are_saved_loaded_and_asked_like_simpleconv3(tmp_path, mo
         load_model(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("odd", [
+    lambda n: torch.nn.Conv2d(3, n, 48),
+    lambda n: torch.nn.Sequential(torch.nn.Linear(6, n), torch.nn.Linear(n, 7)),
+])
+def test_a_network_whose_last_linear_layer_gives_no_logits_is_refused_at_once(monkeypatch, odd):
+    monkeypatch.setitem(net.NETWORKS, "odd", odd)
+    with pytest.raises(ValueError, match="network odd: the nn.Linear that __init__ makes last must give"):
+        net.new_network("odd", ("a", "b"))
+
+
 def test_a_small_network_may_not_bring_a_large_file(tmp_path, monkeypatch):
     monkeypatch.setitem(net.NETWORKS, "tiny", Tiny)
     save_model(simpleconv3(4), tmp_path / "model.pt", network="tiny")
