@@ -503,7 +503,7 @@ def test_records_from_others_remove_nothing_that_is_not_ours(photos, tmp_path):
         data / "split.csv",
         split_train_val.COLUMNS,
         [
-            {"part": part, "class": label, "file": name, "group": "g", "draw": "d"}
+            {"part": part, "class": label, "file": name, "group": "g", "draw": "d", "source": "s"}
             for part, label, name in (
                 ("..", "data", "m.jpg"),
                 ("train", "..", "m.jpg"),

@@ -28,6 +28,7 @@ def project(tmp_path_factory):
         shutil.copy2(path, copy)
     for folder in ("data/sample", "data/faces"):
         shutil.copytree(ROOT / folder, copy / folder)
+    shutil.copy2(ROOT / "data" / "page.html", copy / "data")
     (copy / "models").mkdir()
     for path in (ROOT / "models").glob("pretrained.*"):
         shutil.copy2(path, copy / "models")
