@@ -22,7 +22,7 @@ BEGUN = time.perf_counter()
 gc.disable()  # loading torch makes a million objects and no garbage; looking for it would take half a second
 # Read when torch is loaded: how long a thread turns round and round before it sleeps while it waits for the
 # others. At the default of 300,000 a busy machine's threads spend most of their time on that.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import argparse
 import contextlib

@@ -24,7 +24,7 @@ cat <<'END'
 
 == Where everything lies
 crops, and what became of every photo   data/lips/preview.jpg, data/lips/manifest.csv
-the model and its scores                models/sample/model.pt, models/sample/model.json
+the model, its scores, a picture        models/sample/model.pt, model.json and model.png there
 photos with their mouths named          data/named/
 the curves                              tensorboard --logdir logs     (in .venv/bin)
 END
