@@ -66,6 +66,7 @@ from preprocess_lips import (
     locked,
     printable,
     read_photo,
+    replacing,
     sweep,
     temporary,
     text_table,
@@ -149,7 +150,8 @@ def predict_photos(sources, model, crops=False, workers=None, largest=False):
             else:
                 faces = cropper.find(source, largest).faces
                 for _, frame, _ in itertools.islice(() if faces else animation(source), MAX_FRAMES):
-                    faces = faces or cropper(frame, largest)
+                    if faces := cropper(frame, largest):
+                        break
         except OSError as error:
             way_out = PIPE if str(source) == "-" else UNPACK if source.suffix.lower() in ARCHIVES else ""
             return Result(source, [], None, f"unreadable: {way_out or error.strerror or error}")
@@ -741,14 +743,8 @@ class Tray:
                            folder=place.parent.name)
 
     def _place(self, photo, target):
-        part = temporary(target)
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(photo.resolve(), part) if self.link else shutil.copy2(photo, part)
-                part.rename(target)
-            finally:
-                part.unlink(missing_ok=True)
+        with replacing(target) as part:
+            os.link(photo.resolve(), part) if self.link else shutil.copy2(photo, part)
 
 
 def sort_photos(args, model):

@@ -1369,6 +1369,11 @@ def cores(cgroup=Path("/sys/fs/cgroup")):
     return count
 
 
+def own_cores():
+    """The cores that there are for this process, which torchrun may have started beside others."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def printable(text):
     """A text with control characters, and those that turn the direction of writing, as escapes."""
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else ascii(c)[1:-1] for c in str(text))
@@ -1468,7 +1473,7 @@ def build_parser():
     parser.add_argument("crops", nargs="?", type=Path, default=Path("data/lips"),
                         help="where the crops go, in the same class folders (default: %(default)s)")
     parser.add_argument("--workers", type=int, metavar="N",
-                        default=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+                        default=own_cores(),
                         help="processes (default: one a core, here %(default)s)")
     parser.add_argument("--level", type=int, choices=(1, 2, 3), metavar="N",
                         help="how deep the class folders lie: 1 for PHOTOS/<class>/, 2 for "

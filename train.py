@@ -83,11 +83,11 @@ from net import (
 from preprocess_lips import (
     SIGNALS,
     command_line,
-    cores,
     end_output,
     is_hidden,
     label_font,
     locked,
+    own_cores,
     read_csv,
     read_photo,
     sweep,
@@ -209,11 +209,6 @@ class CropFolder(ImageFolder):
         except Exception as error:  # decoders raise almost anything
             why = getattr(error, "strerror", None) or error
             return OSError(f"{path}: unreadable: {why}; remove it and run the command again")
-
-
-def own_cores():
-    """The cores that there are for this process, which torchrun may have started beside others."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def free_memory():
@@ -804,10 +799,11 @@ class Run:
         """Note a finished epoch, with what ``learner.judged`` gave; returns whether it is the best."""
         self.history.append(scores)
         # copies: a state_dict refers to the tensors that training changes
-        kept = {"kept": copy.deepcopy(learner.judged.state_dict()), "calibration": calibrate(logits, labels),
-                "confusion": matrix.int().tolist()}
-        if self.kept is not scores:
-            kept = {key: self.state[key] for key in kept}
+        if self.kept is scores:
+            kept = {"kept": copy.deepcopy(learner.judged.state_dict()), "confusion": matrix.int().tolist(),
+                    "calibration": calibrate(logits, labels)}
+        else:
+            kept = {key: self.state[key] for key in ("kept", "confusion", "calibration")}
         self.state = kept | {
             "model": copy.deepcopy(learner.net.state_dict()),
             "average": copy.deepcopy(learner.average.state_dict()) if learner.average else None,

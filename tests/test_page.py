@@ -12,13 +12,12 @@ import time
 import cv2
 import numpy as np
 import pytest
-from conftest import page_data
+from conftest import CHROMIUM, page_data
 from PIL import Image
 
 from net import load_model, save_model, simpleconv3
 from predict import Card, annotate, main, predict_photos, write_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM or os.name == "nt", reason="needs Chromium and its pipes")
 
 KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}

@@ -17,7 +17,7 @@ from fractions import Fraction
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import CHROMIUM, ROOT
 from PIL import Image, ImageColor
 
 import predict
@@ -26,7 +26,6 @@ import train
 from net import load_model
 from predict import predict_video
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RATE, HOLD = 20, 20  # frames a second, and frames that a face stays
 PARTS = (("s05_1", 0.5), None, ("s01_1", 1.0))  # a dark face, nothing, a bright one
 
